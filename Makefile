@@ -1,0 +1,66 @@
+# Every target does all of its own set-up: it makes a virtual environment in .venv, installs the package with the
+# versions of constraints.txt, and runs. All that a machine needs is Python >= 3.11 with its venv module, and make.
+#
+#     make PYTHON=python3.13 test      another interpreter
+#     make PYTEST_ARGS="-k pooling" test
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# Tests and demonstration were timed on two cores; more threads than cores make small tensors slower, not faster.
+export OMP_NUM_THREADS ?= 2
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# What each target installs. The tests run the demonstration's code too; the type checker reads everything.
+EXTRAS_demo := demo
+EXTRAS_test := demo,test
+EXTRAS_lint := demo,test,lint
+
+.PHONY: demo test lint format clean distclean help
+
+demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on scikit-learn's digits
+	$(BIN)/python docs/demo/main.py
+
+test: $(VENV)/installed-test  ## all tests, in one pytest run
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-lint  ## ruff (rules and format), mypy, import-linter
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." mypy lint-imports; do \
+	    echo "== $$check"; $(BIN)/$$check || status=1; \
+	done; \
+	exit $$status  # all four run, so that one call shows everything
+
+format: $(VENV)/installed-lint  ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and build outputs
+	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove the virtual environment
+	rm -rf $(VENV)
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/' | expand -t 20
+
+# The stamp is written last: an interrupted installation is done again.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing implicitdiff[$(EXTRAS_$*)] into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS_$*)]"
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "implicitdiff needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true); try make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

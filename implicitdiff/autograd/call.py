@@ -1,0 +1,140 @@
+"""One call of a layer as its autograd functions see it: what is fixed, which tensors carry the batch, and how vmap folds.
+
+In: a plan and the tensors of a call. Out: a `Call` that may be passed through `autograd.Function.apply`, and the folding of
+a vmapped axis into the batch. Next: `autograd/kkt.py` and `autograd/implicit.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from implicitdiff.derivatives.lagrangian import Lagrangian
+from implicitdiff.plan import Plan, with_batched
+from implicitdiff.records import Record
+
+Leaves = tuple[Tensor, ...]
+
+
+class Solved(Protocol):
+    """What the forward of a call returns: leaves, and per sample (B,) status, iterations and residual."""
+
+    @property
+    def u(self) -> Leaves: ...
+    @property
+    def multipliers(self) -> Leaves | None: ...
+    @property
+    def status(self) -> Tensor: ...
+    @property
+    def iterations(self) -> Tensor: ...
+    @property
+    def residual(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about one call that is not a differentiable tensor.
+
+    Attributes:
+        plan: the plan that the backward uses, for the flags `batched`.
+        batched: for each theta, whether it carries the batch axis.
+        batch: B.
+        solve: the forward, (call, theta, initial leaves or None) -> what `Solved` says. It sees plain tensors only.
+        on_failure: the policy for samples without a solution or without a derivative.
+        name: the problem's class, for messages.
+        backward, linear_solver: the layer's options, with which the plan was made.
+        records: the records open at the forward; the backward may run in another thread.
+        vjp: the hand-written gradient, (call, u, v, theta) -> one gradient per theta or None; None for the automatic one.
+    """
+
+    plan: Plan
+    batched: tuple[bool, ...]
+    batch: int
+    solve: Callable[[Call, Leaves, Leaves | None], Solved]
+    on_failure: str
+    name: str
+    backward: str = "auto"
+    linear_solver: str = "auto"
+    records: tuple[Record, ...] = ()
+    vjp: Callable[[Call, Leaves, Leaves, Leaves], tuple[Tensor | None, ...]] | None = None
+
+    @property
+    def lagrangian(self) -> Lagrangian:
+        """The differentiable functions of the call, for its flags."""
+        return Lagrangian(self.plan.trace, self.batched)
+
+    @property
+    def variables(self) -> int:
+        """The number of leaves of u."""
+        return self.lagrangian.variables
+
+    @property
+    def multipliers(self) -> int:
+        """The number of leaves of lam."""
+        return self.lagrangian.multipliers
+
+    def split_point(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves]:
+        """(u, lam, theta) from their concatenation."""
+        first, second = self.variables, self.variables + self.multipliers
+        return tuple(tensors[:first]), tuple(tensors[first:second]), tuple(tensors[second:])
+
+    def folded(self, batched: tuple[bool, ...], batch: int) -> Call:
+        """The same call after an outer axis went into the batch."""
+        plan = with_batched(self.plan, batched, backward=self.backward, linear_solver=self.linear_solver)
+        return replace(self, plan=plan, batched=batched, batch=batch)
+
+    def fold_theta(self, theta: Sequence[Tensor], dims: Sequence[int | None], size: int) -> tuple[Leaves, Call]:
+        """Fold a vmapped axis of `size` V into the batch of theta: (V * B, ...).
+
+        Batched tensors are folded (or repeated, if not vmapped); shared ones become batched if vmapped and stay shared
+        otherwise.
+        """
+        flags = tuple(flag or dim is not None for flag, dim in zip(self.batched, dims, strict=True))
+        folded = []
+        for value, dim, was, now in zip(theta, dims, self.batched, flags, strict=True):
+            if not now:
+                folded.append(value)
+            elif was:
+                folded.append(fold(value, dim, size))
+            else:
+                lifted = value.movedim(_axis(dim), 0)[:, None]
+                lifted = lifted.expand(size, self.batch, *lifted.shape[2:])
+                folded.append(lifted.reshape(size * self.batch, *lifted.shape[2:]))
+        return tuple(folded), self.folded(flags, size * self.batch)
+
+
+def _axis(dim: int | None) -> int:
+    return 0 if dim is None else dim
+
+
+def fold(value: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
+    """A tensor whose batch axis is `at` (the vmapped axis not counted): (..., B, ...) with V at `dim`, as (..., V * B, ...)."""
+    if dim is None:
+        lifted = value.unsqueeze(at).expand(*value.shape[:at], size, *value.shape[at:])
+    else:
+        lifted = value.movedim(dim, at)
+    return lifted.reshape(*lifted.shape[:at], size * lifted.shape[at + 1], *lifted.shape[at + 2 :])
+
+
+def unfold(value: Tensor, size: int, batch: int, at: int = 0) -> Tensor:
+    """The inverse of `fold`: (..., V * B, ...) as (..., V, B, ...)."""
+    return value.reshape(*value.shape[:at], size, batch, *value.shape[at + 1 :])
+
+
+def floating(value: Tensor) -> bool:
+    """Whether a tensor can have a derivative."""
+    return value.is_floating_point()
+
+
+def zeros_for(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
+    """None replaced by zeros."""
+    return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(values, like, strict=True))
+
+
+def has_tangent(value: Tensor) -> bool:
+    """Whether a plain tensor carries a tangent of forward-mode AD (False outside of it)."""
+    return torch.autograd.forward_ad.unpack_dual(value).tangent is not None

@@ -1,0 +1,158 @@
+"""The solution as a function of theta, for autograd: forward by any solver, derivatives by the implicit function theorem.
+
+In: a `Call` and the tensors theta. Out: (u, lam, status, iterations, residual), of which u and lam are differentiable to
+any order, in reverse and forward mode, under vmap. Next: `layer.py`, which makes the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, has_tangent, unfold, zeros_for
+from implicitdiff.autograd.hand import HandVjp
+from implicitdiff.autograd.kkt import KKTSolve, autocast_off
+from implicitdiff.autograd.kkt import solve as kkt_solve
+from implicitdiff.autograd.masks import Masks
+from implicitdiff.errors import NotSupportedYetError
+from implicitdiff.status import Status
+from implicitdiff.torch_private import is_wrapped, nested_forward_mode, tangent_free
+
+EXTRAS = 3  # status, iterations, residual
+
+
+class ImplicitFunction(torch.autograd.Function):
+    """(u, lam)(theta), defined by F(u, lam, theta) = (D_u L, -h) = 0.
+
+    Reverse: K (w, s) = -(v_u, v_lam), then the gradient in theta of <D_u L, w> - <h, s>. Forward: K (u', lam') =
+    -F_theta theta'. u and lam are saved as this function's own outputs, so a derivative of the derivative sees them move.
+
+    Apply to (call, *theta, *start): `start` are leaves (B, *shape) of a warm start, or nothing. The result is
+    (*u, *lam, status, iterations, residual), each with the batch axis first.
+    """
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the solver; it sees plain tensors whatever transforms are active outside."""
+        theta, start = tensors[: len(call.batched)], tensors[len(call.batched) :]
+        solved = call.solve(call, theta, start or None)
+        lam = solved.multipliers
+        if lam is None:
+            lam = call.plan.multipliers(solved.u, theta)
+        # An output that shares memory with an input would be taken for a view of it.
+        held = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+        outputs = (*solved.u, *lam, solved.status, solved.iterations, solved.residual)
+        return tuple(_own(output, held) for output in outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Everything a derivative needs goes through save_for_backward, which checks for changes made in place."""
+        call: Call = inputs[0]
+        ctx.call = call
+        ctx.starts = len(inputs) - 1 - len(call.batched)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[-EXTRAS:])
+        saved = (*output[: 1 - EXTRAS], *inputs[1 : 1 + len(call.batched)])  # u, lam, status, theta
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients in theta."""
+        call: Call = ctx.call
+        u, lam, status, theta = _saved(call, ctx.saved_tensors)
+        needs = ctx.needs_input_grad[1 : 1 + len(theta)]
+        nothing = (None,) * ctx.starts
+        v = cotangents[: len(u) + len(lam)]
+        if all(cotangent is None for cotangent in v) or not any(needs):
+            return (None, *(None,) * len(theta), *nothing)
+        if call.batch == 0:
+            zeros = (torch.zeros_like(t) if need else None for t, need in zip(theta, needs, strict=True))
+            return (None, *zeros, *nothing)
+        with autocast_off(u[0]):
+            grads = pull_back(call, u, lam, status, theta, v, needs)
+        return (None, *grads, *nothing)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """K (u', lam') = -F_theta theta'."""
+        call: Call = ctx.call
+        if call.vjp is not None:
+            raise NotSupportedYetError(
+                f"forward-mode derivatives of {call.name} with backward='hand': its vjp gives reverse mode only; use "
+                "backward='auto'"
+            )
+        with nested_forward_mode():
+            u, lam, status, theta = _saved(call, [tangent_free(value) for value in ctx.saved_tensors])
+            moved = [t if floating(x) else None for t, x in zip(tangents, theta, strict=False)]
+            if call.batch == 0 or all(tangent is None for tangent in moved):
+                return (*(torch.zeros_like(leaf) for leaf in (*u, *lam)), *(None,) * EXTRAS)
+            with autocast_off(u[0]):
+                masks = Masks.of(call, status)
+                u, lam, theta = masks.sound(u, lam, theta)
+                u, _ = call.lagrangian.inside(u, lam, theta)
+                towards_u, towards_h = call.lagrangian.input_tangent(u, lam, theta, moved)
+                rhs = [-leaf[None] for leaf in (*masks.silence(towards_u), *masks.silence(towards_h))]
+                z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
+            return (*masks.mark([leaf[0] for leaf in z]), *(None,) * EXTRAS)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
+        """Fold the vmapped axis into the batch and apply again, so that vmaps nest."""
+        size, count = info.batch_size, len(call.batched)
+        theta, inner = call.fold_theta(tensors[:count], in_dims[1 : 1 + count], size)
+        start = [fold(value, dim, size) for value, dim in zip(tensors[count:], in_dims[1 + count :], strict=True)]
+        outputs = ImplicitFunction.apply(inner, *theta, *start)
+        return tuple(unfold(output, size, call.batch) for output in outputs), (0,) * len(outputs)
+
+
+def pull_back(call: Call, u: Leaves, lam: Leaves, status: Tensor, theta: Leaves, cotangents: Sequence[Tensor | None],
+              needs: Sequence[bool]) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients in theta for cotangents of (u, lam), None where not needed.
+
+    Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that works in place.
+    Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one pullback.
+    """
+    v = zeros_for(cotangents, (*u, *lam))
+    if call.vjp is not None:
+        if any(cotangent is not None for cotangent in cotangents[len(u) :]):
+            raise NotSupportedYetError(
+                f"the multipliers of {call.name} have no gradient with backward='hand'; use backward='auto'"
+            )
+        grads = HandVjp.apply(call, *u, *v[: len(u)], *theta)
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    tensors = (*u, *lam, *theta, *v)
+    lean = not torch.is_grad_enabled() and not any(is_wrapped(tensor) or has_tangent(tensor) for tensor in tensors)
+    masks = Masks.of(call, status)
+    if lean and not masks.any_failed():
+        v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]
+        found, quality = call.plan.vjp(u, lam, theta, v[: len(u)], v_lam, needs)
+        if not bool((quality != Status.OK).any()):
+            return found
+    if lean and masks.all_failed():
+        return masks.nothing(theta, v, needs)
+    u, lam, theta = masks.sound(u, lam, theta)
+    u, _ = call.lagrangian.inside(u, lam, theta)
+    rhs = [-leaf[None] for leaf in masks.silence(v)]
+    if lean:
+        w, s = kkt_solve(call, u, lam, theta, tuple(rhs[: len(u)]), tuple(rhs[len(u) :]))
+        z = (*w, *s)
+    else:
+        z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
+    z = tuple(leaf[0] for leaf in z)
+    grads = call.lagrangian.pull_inputs(u, lam, theta, z[: len(u)], z[len(u) :], needs)
+    return masks.spoil(grads, v)
+
+
+def _own(output: Tensor, held: set[int]) -> Tensor:
+    if output.untyped_storage().data_ptr() in held:
+        return output.clone(memory_format=torch.contiguous_format)
+    return output.contiguous()
+
+
+def _saved(call: Call, saved: Sequence[Tensor]) -> tuple[Leaves, Leaves, Tensor, Leaves]:
+    first, second = call.variables, call.variables + call.multipliers
+    return tuple(saved[:first]), tuple(saved[first:second]), saved[second], tuple(saved[second + 1 :])

@@ -1,0 +1,216 @@
+"""z = K^-1 r as a differentiable function of r, u, lam and theta: the one linear solve behind all derivatives of a layer.
+
+In: right-hand sides (R, B, *shape) and a point. Out: (w, s), differentiable any number of times in reverse and forward
+mode and under vmap, whatever the plan does inside (in-place buffers, iterations, LAPACK). Next: `autograd/implicit.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, unfold, zeros_for
+from implicitdiff.errors import OptimalityWarning, SingularError
+from implicitdiff.failures import name_samples
+from implicitdiff.records import emit
+from implicitdiff.status import Status
+from implicitdiff.torch_private import nested_forward_mode, tangent_free
+
+# What damping adds to H, as a share of its size: as little as possible first.
+DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+
+
+class KKTSolve(torch.autograd.Function):
+    """(w, s) = K^-1 (rhs_u, rhs_h), K = [[H, -A'], [-A, 0]] at (u, lam, theta), symmetric.
+
+    With z = K^-1 r and a cotangent c, q = K^-1 c: the gradient in r is q, that in the point is -D <q, K z>, q and z fixed.
+    A tangent is z' = K^-1 (r' - K' z). Where constraints are dependent K^-1 is the pseudo-inverse; its formulas are the
+    same as long as the dependence is structural (the null space of A' does not move).
+
+    Apply to (call, *rhs_u, *rhs_h, *u, *lam, *theta); the result is (*w, *s).
+    """
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The plan's solve, with the failure policy applied."""
+        rhs, point = _parts(call, tensors)
+        z = solve(call, *call.split_point(point), *_pair(call, rhs))
+        return tuple(leaf.contiguous() for leaf in (*z[0], *z[1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save z, a differentiable output, and the point; the right-hand side is not needed again."""
+        call, tensors = inputs[0], inputs[1:]
+        _, point = _parts(call, tensors)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *point)
+        ctx.save_for_forward(*output, *point)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """q = K^-1 c, and -D <q, K z>."""
+        call: Call = ctx.call
+        count = call.variables + call.multipliers
+        z, point = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * (1 + count + len(point))
+        with autocast_off(z[0]):
+            q = KKTSolve.apply(call, *zeros_for(cotangents, z), *point)
+            needs = ctx.needs_input_grad[1 + count :]
+            active = [index for index, need in enumerate(needs) if need and floating(point[index])]
+            found: dict[int, Tensor] = {}
+            if active:
+
+                def form(*values: Tensor) -> Tensor:
+                    moved = list(point)
+                    for index, value in zip(active, values, strict=True):
+                        moved[index] = value
+                    return call.lagrangian.kkt_form(*call.split_point(moved), _pair(call, q), _pair(call, z))
+
+                grads = torch.func.grad(form, argnums=tuple(range(len(active))))(*[point[i] for i in active])
+                found = {index: -grad for index, grad in zip(active, grads, strict=True)}
+        return (None, *q, *(found.get(index) for index in range(len(point))))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        """z' = K^-1 (r' - K' z)."""
+        call: Call = ctx.call
+        count = call.variables + call.multipliers
+        with nested_forward_mode():
+            saved = [tangent_free(value) for value in ctx.saved_tensors]
+            z, point = saved[:count], saved[count:]
+            with autocast_off(z[0]):
+                rhs = zeros_for(tangents[:count], z)
+                moved = [t if floating(p) else None for t, p in zip(tangents[count:], point, strict=True)]
+                if any(tangent is not None for tangent in moved):
+                    turned = call.lagrangian.kkt_tangent(*call.split_point(point), _pair(call, z), moved)
+                    rhs = tuple(r - t for r, t in zip(rhs, (*turned[0], *turned[1]), strict=True))
+                return KKTSolve.apply(call, *rhs, *point)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
+        """Only right-hand sides vmapped: more of them for one factorisation. Otherwise the axis goes into the batch."""
+        size, count = info.batch_size, call.variables + call.multipliers
+        rhs, point = _parts(call, tensors)
+        rhs_dims, point_dims = in_dims[1 : 1 + count], in_dims[1 + count :]
+        if all(dim is None for dim in point_dims):
+            width = _size(rhs[0], rhs_dims[0], 0)
+            merged = [fold(value, dim, size, 0) for value, dim in zip(rhs, rhs_dims, strict=True)]
+            z = KKTSolve.apply(call, *merged, *point)
+            return tuple(unfold(leaf, size, width, 0) for leaf in z), (0,) * count
+        split = call.variables + call.multipliers
+        here = [fold(value, dim, size) for value, dim in zip(point[:split], point_dims[:split], strict=True)]
+        theta, inner = call.fold_theta(point[split:], point_dims[split:], size)
+        merged = [fold(value, dim, size, 1) for value, dim in zip(rhs, rhs_dims, strict=True)]
+        z = KKTSolve.apply(inner, *merged, *here, *theta)
+        return tuple(unfold(leaf, size, call.batch, 1) for leaf in z), (1,) * count
+
+
+def solve(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves) -> tuple[Leaves, Leaves]:
+    """K^-1 rhs by the plan, plain tensors in and out, with `on_failure` applied to the samples that have no answer.
+
+    A sample whose right-hand sides are exactly 0 has the answer 0 on every solver and is never a failure.
+
+    Raises:
+        SingularError: under "raise" (and under "damp" when no damping helps).
+    """
+    w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+    idle = _idle((*rhs_u, *rhs_h))
+    bad = (status != Status.OK) & (status != Status.INDEFINITE) & ~idle
+    if bool(bad.any()):
+        if call.on_failure == "damp":
+            w, s, bad = _damped(call, u, lam, theta, rhs_u, rhs_h, w, s, bad)
+        if bool(bad.any()):
+            _report(call, status, bad)
+            if call.on_failure in ("nan", "zero"):
+                fill = torch.nan if call.on_failure == "nan" else 0.0
+                w, s = _fill(w, bad, fill), _fill(s, bad, fill)
+    return _fill(w, idle, 0.0), _fill(s, idle, 0.0)
+
+
+def _damped(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, w: Leaves, s: Leaves,
+            bad: Tensor) -> tuple[Leaves, Leaves, Tensor]:  # fmt: skip
+    """H + shift I in the bad samples, the shift growing until K is regular there."""
+    ones = tuple(torch.ones_like(leaf) for leaf in u)
+    product, _ = call.lagrangian.kkt_product(u, lam, theta, ones, tuple(torch.zeros_like(leaf) for leaf in lam))
+    size = torch.stack([leaf.abs().reshape(len(bad), -1).amax(1) for leaf in product]).amax(0)
+    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+    damped = torch.zeros_like(bad)
+    for share in DAMPING:
+        share = max(share, torch.finfo(size.dtype).eps ** 0.5)
+        shift = torch.where(bad, share * size, 0.0)
+        again_w, again_s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift=shift)
+        cured = bad & (status == Status.OK)
+        w, s = _choose(cured, again_w, w), _choose(cured, again_s, s)
+        bad, damped = bad & ~cured, damped | cured
+        if not bool(bad.any()):
+            break
+    samples = torch.nonzero(damped)[:, 0].tolist()
+    if samples:
+        message = f"{call.name}: {name_samples(samples, call.batch)}: the KKT matrix is singular, its Hessian was damped"
+        emit(Status.DAMPED.name, "backward", samples, message, call.records)
+        warnings.warn(message, OptimalityWarning, stacklevel=2)
+    return w, s, bad
+
+
+def _report(call: Call, status: Tensor, bad: Tensor) -> None:
+    samples = torch.nonzero(bad)[:, 0].tolist()
+    kind = Status(int(status[samples[0]]))
+    what = {
+        Status.SINGULAR: "the KKT matrix is singular: the solution is not locally unique, so it has no derivative",
+        Status.NONFINITE: "a second derivative is NaN or infinite at the solution",
+        Status.NOT_CONVERGED: "the iterative solver of the backward pass did not reach its tolerance",
+    }.get(kind, f"the backward pass ended with status {kind.name}")
+    message = (
+        f"{call.name}: {name_samples(samples, call.batch)}: {what}; add a small quadratic term to the objective, "
+        "or accept it with on_failure='damp', 'nan' or 'zero'"
+    )
+    emit(kind.name, "backward", samples, message, call.records)
+    if call.on_failure in ("raise", "damp"):
+        raise SingularError(message)
+    if call.on_failure == "warn":
+        warnings.warn(message, OptimalityWarning, stacklevel=2)
+
+
+def autocast_off(like: Tensor) -> Any:
+    """The backward runs in the dtype of its tensors: inside an autocast region a matrix product would run in bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _idle(rhs: Leaves) -> Tensor:
+    """(B,) where every right-hand side is exactly 0."""
+    flags = [(leaf == 0).movedim(1, 0).reshape(leaf.shape[1], -1).all(1) for leaf in rhs]
+    return torch.stack(flags).all(0)
+
+
+def _fill(leaves: Leaves, mask: Tensor, value: float) -> Leaves:
+    return tuple(torch.where(_along(mask, leaf), value, leaf) for leaf in leaves)
+
+
+def _choose(mask: Tensor, new: Leaves, old: Leaves) -> Leaves:
+    return tuple(torch.where(_along(mask, a), a, b) for a, b in zip(new, old, strict=True))
+
+
+def _along(mask: Tensor, leaf: Tensor) -> Tensor:
+    """(B,) as a mask of (R, B, *shape)."""
+    return mask.reshape(1, -1, *(1,) * (leaf.dim() - 2))
+
+
+def _parts(call: Call, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(right-hand sides, point)."""
+    count = call.variables + call.multipliers
+    return tuple(tensors[:count]), tuple(tensors[count:])
+
+
+def _pair(call: Call, leaves: Sequence[Tensor]) -> tuple[Leaves, Leaves]:
+    return tuple(leaves[: call.variables]), tuple(leaves[call.variables :])
+
+
+def _size(value: Tensor, dim: int | None, at: int) -> int:
+    """The size of axis `at`, the vmapped axis not counted."""
+    return value.shape[at] if dim is None or at < dim else value.shape[at + 1]

@@ -1,0 +1,120 @@
+"""Diagnostics, the price of one backward pass, found by running it under the meter: on shapes alone where
+that is possible.
+
+In: a plan and its bound inputs. Out: a frozen `BackwardCost`. Direct solvers do the same work for all data,
+so meta tensors will do; an iterative one has to be run on numbers. Used by `explain.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from implicitdiff.diagnostics.held import Planned
+from implicitdiff.diagnostics.meter import Measurement, measure
+from implicitdiff.problem import Problem
+from implicitdiff.pytrees import flatten
+from implicitdiff.torch_private import is_fake
+
+ITERATIVE = frozenset(("cg", "schur-cg", "minres", "gmres"))
+
+
+@dataclass(frozen=True)
+class BackwardCost:
+    """FLOPs, bytes moved and peak bytes of one backward pass for the whole batch, and how they were found."""
+
+    flops: int
+    bytes: int
+    peak: int
+    how: str
+
+
+def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
+    """Count one `plan.vjp` with gradients for all floating inputs.
+
+    Args:
+        problem: The problem, for its `init`.
+        planned: Its plan.
+
+    Returns:
+        BackwardCost. Cost: the dispatch of one backward without data; with an iterative solver one backward.
+    """
+    if planned.bound.batch == 0:
+        return BackwardCost(0, 0, 0, "an empty batch costs nothing")
+    if planned.plan.analysis.solver not in ITERATIVE:
+        try:
+            with _NoFailure():
+                found = _run(planned, [torch.empty_like(t, device="meta") for t in planned.theta], _empty)
+            return BackwardCost(found.flops, found.bytes, found.peak, "counted from the shapes")
+        except NotImplementedError:
+            # An operation whose result has a size that depends on values: there is no meta version of it.
+            pass
+    given = not any(is_fake(tensor) for tensor in planned.theta)
+    theta = [_synthetic(tensor) if is_fake(tensor) else tensor.detach() for tensor in planned.theta]
+    start = _start(problem, planned) if given else None
+    found = _run(planned, theta, _synthetic, start)
+    what = "the given data, at the start point" if start is not None else "random data"
+    return BackwardCost(
+        found.flops, found.bytes, found.peak, f"counted on {what}; iterations depend on the data"
+    )
+
+
+def _run(
+    planned: Planned, theta: Sequence[Tensor], make: Any, start: Sequence[Tensor] | None = None
+) -> Measurement:
+    plan, batch = planned.plan, planned.bound.batch
+    like = next(tensor for tensor in theta if tensor.is_floating_point())
+
+    def leaves(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+        return tuple(
+            make(torch.empty((batch, *shape), dtype=dtype, device=like.device if like.is_meta else "meta"))
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+
+    variables = plan.trace.variables
+    shapes, dtypes = [item.shape for item in variables], [item.dtype for item in variables]
+    outputs = () if plan.trace.equality is None else plan.trace.equality.output_shapes
+    u = leaves(shapes, dtypes) if start is None else tuple(start)
+    lam, v = leaves(outputs, [dtypes[0]] * len(outputs)), leaves(shapes, dtypes)
+    needs = [tensor.is_floating_point() for tensor in theta]
+    with torch.no_grad():
+        plan.vjp(u, lam, tuple(theta), v, None, needs)  # emits what is written on first use
+        _, found = measure(plan.vjp, u, lam, tuple(theta), v, None, needs)
+    return found
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, device="meta")
+
+
+def _synthetic(like: Tensor) -> Tensor:
+    """Numbers in [0.5, 1.5), the same for each shape: inside the domain of most objectives."""
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    generator = torch.Generator().manual_seed(like.numel())
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.dtype) + 0.5
+
+
+def _start(problem: Problem, planned: Planned) -> tuple[Tensor, ...] | None:
+    """The problem's start point for each sample; None where it declares none."""
+    if not problem.declares("init"):
+        return None
+    with torch.no_grad():
+        samples = [flatten(problem.init(*planned.bound.sample(b)))[0] for b in range(planned.bound.batch)]
+    return tuple(torch.stack(leaves) for leaves in zip(*samples, strict=True))
+
+
+class _NoFailure(TorchDispatchMode):
+    """Answers a question about the value of a meta tensor with 0: no factorisation has failed."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            return torch.empty((0, args[0].dim()), dtype=torch.int64, device="meta")
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,354 @@
+"""Diagnostics, `check`: is this problem declared and solved so that its gradient means what it should?
+
+In: a problem and inputs. Out: a frozen `CheckReport`, one row per statement with its value and tolerance.
+Residuals are taken at the solution as it is; everything about derivatives in a float64 copy, against
+`reference.py` and finite differences. Next: `compare.py`, which puts backward passes side by side.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff.diagnostics.declared import Declared, double, floating, gradient, moving_names
+from implicitdiff.diagnostics.differences import directional
+from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
+from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error
+from implicitdiff.diagnostics.tables import number, table
+from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
+from implicitdiff.layer import DeclarativeLayer, solve
+from implicitdiff.problem import Problem, Solution, require_problem
+from implicitdiff.status import Status
+from implicitdiff.torch_private import pytree
+
+FINITE_DIFFERENCE_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-8
+HAND_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One statement that was tried.
+
+    Attributes:
+        name: What was tried.
+        value: What came out; NaN where it could not be tried.
+        tolerance: What it was held against (an upper bound, except for LICQ and second order: a lower one).
+        verdict: "ok", "fail" or "not run", with a reason after a colon where there is something to say.
+    """
+
+    name: str
+    value: float
+    tolerance: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All rows of one check; `ok` is False as soon as one of them failed."""
+
+    problem: str
+    rows: tuple[CheckRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no statement failed (one that could not be tried is no failure, but is listed)."""
+        return not any(row.verdict.startswith("fail") for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [(row.name, _value(row.value), number(row.tolerance, 1), row.verdict) for row in self.rows]
+        failed = [row.name for row in self.rows if row.verdict.startswith("fail")]
+        last = "all is well" if self.ok else f"{len(failed)} failed: {', '.join(failed)}"
+        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT)}\n\n{last}"
+
+
+_HEADER = ("what", "value", "tolerance", "verdict")
+_RIGHT = ("value", "tolerance")
+
+
+def _value(value: float) -> str:
+    return "-" if math.isnan(value) else number(value, 2)
+
+
+@dataclass
+class _Rows:
+    """The rows so far."""
+
+    rows: list[CheckRow] = field(default_factory=list)
+
+    def upper(self, name: str, value: float, tolerance: float, remark: str = "") -> None:
+        """A statement `value <= tolerance`; NaN fails."""
+        self._add(name, value, tolerance, value <= tolerance, remark)
+
+    def lower(self, name: str, value: float, tolerance: float, remark: str = "") -> None:
+        """A statement `value > tolerance`; NaN fails."""
+        self._add(name, value, tolerance, value > tolerance, remark)
+
+    def _add(self, name: str, value: float, tolerance: float, holds: bool, remark: str) -> None:
+        verdict = "ok" if holds else "fail"
+        self.rows.append(CheckRow(name, value, tolerance, f"{verdict}: {remark}" if remark else verdict))
+
+    def failed(self, name: str, reason: object) -> None:
+        """A statement that could not be tried though it should have been possible."""
+        self.rows.append(CheckRow(name, math.nan, math.nan, f"fail: {_line(reason)}"))
+
+    def not_run(self, name: str, reason: object) -> None:
+        """A statement that this check does not try for this problem."""
+        self.rows.append(CheckRow(name, math.nan, math.nan, f"not run: {_line(reason)}"))
+
+
+def _line(reason: object) -> str:
+    return (
+        " ".join(f"{type(reason).__name__}: {reason}".split())
+        if isinstance(reason, Exception)
+        else str(reason)
+    )
+
+
+def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
+    """Test a problem at its solution for these inputs.
+
+    Tried in this order: the solve itself, stationarity |D_u f - A'lam|, feasibility |h|, the multipliers
+    against the least-squares ones, LICQ (rows of A independent), second order (Hessian of the Lagrangian
+    positive definite along the constraints), finite differences of the solution map through the layer, one
+    direction per input, the structured gradient against the dense formula, and the problem's own `vjp` if
+    there is one. Signs of inequality multipliers come with inequalities.
+
+    Args:
+        problem: The declared problem.
+        inputs: As for the layer; small ones are best.
+        in_dims: As for the layer.
+
+    Returns:
+        CheckReport. Cost: (2 n + 1) solves for n inputs, and dense matrices of m + p rows in float64 for each
+        sample (nothing of that above 3000 rows).
+
+    Raises:
+        ImplicitDiffError: The problem or the inputs are refused at the door.
+    """
+    require_problem(problem)
+    inputs = tuple(fresh(inputs, [False] * len(pytree.tree_leaves(inputs)))[0])
+    planned = plan_of(problem, inputs, in_dims)
+    rows = _Rows()
+    with warnings.catch_warnings():
+        # The rows say what the warnings would.
+        warnings.simplefilter("ignore", ImplicitDiffWarning)
+        try:
+            solution = solve(problem, *inputs, in_dims=in_dims, on_failure="warn")
+        except ImplicitDiffError as error:
+            rows.failed("solve", error)
+            return CheckReport(type(problem).__name__, tuple(rows.rows))
+        _residuals(rows, problem, inputs, in_dims, planned, solution)
+        _derivatives(rows, problem, inputs, in_dims, planned, solution)
+    return CheckReport(type(problem).__name__, tuple(rows.rows))
+
+
+# At the solution as it is
+
+
+def _residuals(
+    rows: _Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
+) -> None:
+    """Status, stationarity, feasibility, multipliers, denormal numbers."""
+    status = torch.atleast_1d(torch.as_tensor(solution.status))
+    names = sorted({Status(int(code)).name for code in status if int(code) != Status.OK})
+    rows.upper("solve: samples that are not OK", float((status != Status.OK).sum()), 0, ", ".join(names))
+    declared = Declared(problem, inputs, in_dims, solution.u)
+    held = batch_first(solution, planned.bound.unbatched)
+    u = tuple(pytree.tree_leaves(held.u))
+    lam = (
+        tuple(pytree.tree_leaves(held.equality_multipliers)) if held.equality_multipliers is not None else ()
+    )
+    scales = planned.plan.stationarity(u, lam, planned.theta)
+    tolerance = torch.finfo(planned.bound.dtype).eps ** 0.5
+    flat_lam = [
+        torch.cat([leaf[b].double().reshape(-1) for leaf in lam]) if lam else None
+        for b in range(declared.batch)
+    ]
+    worst = [0.0, 0.0, 0.0]
+    for b, multipliers in enumerate(flat_lam):
+        slope, pulled, constraint = _terms(declared, b, multipliers)
+        worst[0] = max(worst[0], _ratio((slope - pulled).abs(), scales.gradient_scale[b]))
+        if multipliers is not None:
+            worst[1] = max(worst[1], _ratio(constraint.abs(), scales.constraint_scale[b]))
+            size = slope.abs().max()
+            projected = (
+                _range_part(declared, b, slope) if declared.size + declared.constraints <= LIMIT else pulled
+            )
+            worst[2] = max(worst[2], _ratio((pulled - projected).abs(), size))
+    rows.upper("stationarity |D_u L| / largest term", worst[0], tolerance)
+    if lam:
+        rows.upper("feasibility |h| / largest term", worst[1], tolerance)
+        rows.upper("multipliers: A'lam against least squares", worst[2], tolerance)
+    tiny = sum(int(((leaf != 0) & (leaf.abs() < torch.finfo(leaf.dtype).tiny)).sum()) for leaf in u)
+    if tiny:
+        rows.upper("denormal entries of u", tiny, math.inf, "slow: torch.set_flush_denormal(True)")
+
+
+def _terms(declared: Declared, b: int, multipliers: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(D_u f, A'lam, h) of one sample; entries at the edge of the domain are left out."""
+    edge = declared.edge(b)
+    with torch.enable_grad():
+        u = declared.point(b)
+        slope = gradient(declared.objective(b, u), u).masked_fill(edge, 0)
+        if multipliers is None:
+            return slope, torch.zeros_like(slope), slope.new_zeros(0)
+        constraint = declared.equality(b, u)
+        pulled = gradient(constraint @ multipliers, u).masked_fill(edge, 0)
+    return slope, pulled, constraint.detach()
+
+
+def _range_part(declared: Declared, b: int, slope: Tensor) -> Tensor:
+    """A' lam for the least-squares lam: the part of D_u f in the range of A'."""
+    rows = Reference(declared).matrices(b).jacobian
+    return rows.mT @ (torch.linalg.pinv(rows.mT) @ slope)
+
+
+def _ratio(size: Tensor, scale: Tensor) -> float:
+    largest = float(size.max()) if size.numel() else 0.0
+    return 0.0 if largest == 0 else largest / float(scale)
+
+
+# In a float64 copy
+
+
+def _derivatives(
+    rows: _Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
+) -> None:
+    """LICQ, second order, finite differences, structured against dense, the user's own vjp."""
+    twin = double(problem)
+    inputs = tuple(pytree.tree_map(lambda leaf: leaf.double() if floating(leaf) else leaf, tuple(inputs)))
+    start = pytree.tree_map(lambda leaf: leaf.detach().double(), solution.u)
+    declared = Declared(twin, inputs, in_dims, start)
+    if not Reference(declared).feasible:
+        rows.not_run(
+            "derivatives",
+            f"m + p = {declared.size + declared.constraints} is more than {LIMIT}: try smaller inputs",
+        )
+        return
+    u, step = polish(declared)
+    rows.upper("solution refined in float64: last step", step, 1e-8)
+    if not step <= 1e-8:
+        return
+    reference = Reference(declared)
+    null = reference.null_directions()
+    _regularity(rows, reference, planned)
+    v = _cotangent(u)
+    held = held_at(twin, batch_first(Solution(u), planned.bound.unbatched))
+    moved, leaves = fresh(inputs)
+    wanted = [*leaves, *(p for p in held.parameters() if p.requires_grad)]
+    if not wanted:
+        rows.not_run("gradients", "no input is floating and no Parameter requires a gradient")
+        return
+    try:
+        found = _layer_gradients(held, moved, in_dims, v, wanted)
+    except ImplicitDiffError as error:
+        rows.failed("gradient through the layer", error)
+        return
+    by_leaf = iter(found)
+    gradients = [next(by_leaf) if t.requires_grad else torch.zeros_like(t) for t in declared.moving]
+    for name, value, remark in directional(twin, inputs, in_dims, u, v, gradients, null):
+        if math.isnan(value):
+            rows.not_run(f"finite differences: {name}", remark)
+        else:
+            rows.upper(f"finite differences: {name}", value, FINITE_DIFFERENCE_TOLERANCE, remark)
+    truth = reference.vjp(v)
+    rows.upper(
+        "structured against dense gradient", relative_error(gradients, truth, null), GRADIENT_TOLERANCE
+    )
+    if problem.declares("vjp"):
+        _own_vjp(rows, twin, u, v, inputs, in_dims, truth, null, planned)
+
+
+def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
+    """LICQ and the second-order condition, the worst sample of each."""
+    samples = [reference.matrices(b) for b in range(reference.declared.batch)]
+    if reference.declared.constraints:
+        dependent = max(sample.null.shape[1] for sample in samples)
+        ratio = min(sample.singular_ratio for sample in samples)
+        proved = planned.plan.analysis.dependent
+        name = "LICQ: singular values of A, smallest / largest"
+        if not dependent:
+            rows.lower(name, ratio, 1e-11)
+        elif dependent <= len(proved):
+            count = f"{dependent} dependent row{'s' if dependent > 1 else ''}, proved"
+            rows.upper(name, ratio, 1e-11, f"{count}: {'; '.join(proved)}")
+        else:
+            rows.lower(name, ratio, 1e-11, f"{dependent} dependent rows; gradients are of minimum norm")
+    curvature = min(_curvature(sample.hessian, sample.jacobian) for sample in samples)
+    rows.lower("second order: least curvature along the constraints", curvature, 1e-12)
+
+
+def _curvature(hessian: Tensor, jacobian: Tensor) -> float:
+    """Least eigenvalue of H on the null space of A over the largest, with the variables scaled to unit
+    curvature.
+
+    The scaling keeps the signs (Sylvester) and makes the number comparable where H spans many orders of
+    magnitude. Directions along the rows of A get the largest eigenvalue, so that they do not count.
+    """
+    diagonal = hessian.diagonal().abs()
+    floor = float(diagonal.max()) * 1e-30
+    scale = torch.where(diagonal > floor, diagonal, torch.ones_like(diagonal)).rsqrt()
+    hessian, jacobian = scale[:, None] * hessian * scale, jacobian * scale
+    along = torch.linalg.pinv(jacobian) @ jacobian if jacobian.shape[0] else torch.zeros_like(hessian)
+    tangent = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device) - along
+    inner = tangent @ hessian @ tangent
+    largest = float(torch.linalg.eigvalsh(inner).abs().max())
+    if largest == 0:
+        return 1.0 if float(tangent.diagonal().sum()) < 0.5 else 0.0
+    return float(torch.linalg.eigvalsh(inner + largest * along)[0]) / largest
+
+
+def _cotangent(u: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(leaf: Tensor) -> Tensor:
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+    return pytree.tree_map(draw, u)
+
+
+def _layer_gradients(
+    problem: Problem, inputs: Sequence[Any], in_dims: Any, v: Any, wanted: Sequence[Tensor]
+) -> list[Tensor]:
+    layer = DeclarativeLayer(problem, in_dims=in_dims)
+    with torch.enable_grad():
+        outputs = pytree.tree_leaves(layer(*inputs))
+        cotangents = pytree.tree_leaves(v)
+        found = torch.autograd.grad(outputs, list(wanted), cotangents, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True)]
+
+
+def _own_vjp(
+    rows: _Rows,
+    problem: Problem,
+    u: Any,
+    v: Any,
+    inputs: Sequence[Any],
+    in_dims: Any,
+    truth: Sequence[Tensor],
+    null: Tensor,
+    planned: Planned,
+) -> None:
+    """The problem's `vjp` hook against the dense formula, over the inputs it has a gradient for."""
+
+    def batched(tree: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf[None], tree) if planned.bound.unbatched else tree
+
+    name = "the problem's own vjp against dense"
+    try:
+        given = hand_gradients(problem, batched(u), batched(v), inputs, in_dims)
+    except (ImplicitDiffError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        # Whatever the user's own code does wrong belongs into the report.
+        rows.failed(name, error)
+        return
+    names = moving_names(problem, inputs)[: len(given)]
+    missing = [label for label, part in zip(names, given, strict=True) if part is None]
+    full = [t if part is None else part for part, t in zip(given, truth, strict=False)]
+    parameters = list(truth[len(given) :])
+    remark = f"it gives nothing for {', '.join(missing)}" if missing else ""
+    rows.upper(name, relative_error([*full, *parameters], truth, null), HAND_TOLERANCE, remark)

@@ -1,0 +1,222 @@
+"""Diagnostics, `explain`: what was derived from a declaration, why, which solver was chosen, and what one
+backward costs.
+
+In: a problem and inputs, with or without data. Out: a frozen `Explanation`, which prints itself as a report,
+as LaTeX, as HTML or as a picture. The findings are those of `plan.analysis`; the cost is counted by
+`backward_cost.py`.
+"""
+
+import html
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from implicitdiff.diagnostics.backward_cost import BackwardCost, backward_cost
+from implicitdiff.diagnostics.held import Planned, plan_of
+from implicitdiff.diagnostics.latex import derivation_in_latex
+from implicitdiff.diagnostics.meter import format_bytes
+from implicitdiff.diagnostics.tables import pairs, require_matplotlib
+from implicitdiff.problem import Problem, require_problem
+from implicitdiff.structure.report import MatrixReport
+
+
+class Step(NamedTuple):
+    """One step down the ladder: the aten operation, the user's line that called it, and the reason."""
+
+    operation: str
+    line: str
+    reason: str
+
+
+class Size(NamedTuple):
+    """A variable, an input or a tensor of the problem: its name and the shape of one sample."""
+
+    name: str
+    shape: tuple[int, ...]
+    batched: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known about a problem before anything is solved.
+
+    Attributes:
+        problem: Its class.
+        summary: The first line of its docstring.
+        batch: Samples in the given inputs.
+        dtype: Of the floating inputs.
+        variables, inputs, tensors: Names and shapes; tensors are the problem's parameters, buffers and
+        attributes.
+        hessian: H = D_uu L of the Lagrangian L = f - lam'h: its kind, shape, and why.
+        constraint_jacobian: A = D_u h, likewise; kind "zero" without constraints.
+        schur: S = A H^-1 A', likewise; None without constraints.
+        dependent: Proved dependences between constraints, one line each.
+        derivation: What H, A and S are in symbols, one line each.
+        multipliers: Whether the backward pass needs lam.
+        solver: The linear solver chosen.
+        rejected: (solver, reason) of each other one that was considered.
+        fallbacks: (operation, line, reason) of each step down to something slower and equally exact.
+        flops, bytes, peak: Floating point operations, bytes moved and peak bytes of one backward pass for the
+        whole batch,
+            with gradients for all floating inputs.
+        measured: How these three were obtained.
+        code: The emitted backward pass as Python text; "" where none is emitted.
+    """
+
+    problem: str
+    summary: str
+    batch: int
+    dtype: str
+    variables: tuple[Size, ...]
+    inputs: tuple[Size, ...]
+    tensors: tuple[Size, ...]
+    hessian: MatrixReport
+    constraint_jacobian: MatrixReport
+    schur: MatrixReport | None
+    dependent: tuple[str, ...]
+    derivation: tuple[str, ...]
+    multipliers: bool
+    solver: str
+    rejected: tuple[tuple[str, str], ...]
+    fallbacks: tuple[Step, ...]
+    flops: int
+    bytes: int
+    peak: int
+    measured: str
+    code: str
+
+    def __str__(self) -> str:
+        """A report for a person who wants to learn what was derived."""
+        title = f"{self.problem}: {self.summary}" if self.summary else self.problem
+        return f"{title}\n\n{pairs(self._lines())}"
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [("sizes", self._sizes()), ("", "")]
+        lines += [("H = D_uu L", _matrix(self.hessian))]
+        lines += [("A = D_u h", _matrix(self.constraint_jacobian) if self._constrained else "no constraints")]
+        if self.schur is not None:
+            lines.append(("S = A H^-1 A'", _matrix(self.schur)))
+        lines += [("dependence", text) for text in self.dependent]
+        lines += [("derivation", text) for text in self.derivation]
+        if self._constrained:
+            lines.append(("multipliers", "needed in the backward pass" if self.multipliers else "not needed"))
+        lines += [("", ""), ("solver", self.solver)]
+        lines += [("rejected", f"{solver}: {reason}") for solver, reason in self.rejected]
+        if self.fallbacks:
+            lines += [("falls back", _step(step)) for step in self.fallbacks]
+        else:
+            lines.append(("falls back", "nowhere: every operation is covered"))
+        return [*lines, ("", ""), ("one backward", self._cost())]
+
+    @property
+    def _constrained(self) -> bool:
+        return self.constraint_jacobian.shape[0] > 0
+
+    def _sizes(self) -> str:
+        m, p = self.hessian.shape[0], self.constraint_jacobian.shape[0]
+        of = [_size(item) for item in self.variables]
+        given = [_size(item) + ("" if item.batched else " shared") for item in self.inputs]
+        held = [_size(item) for item in self.tensors]
+        counts = f"m = {m} variable{'s' if m != 1 else ''}, p = {p} constraint{'s' if p != 1 else ''}"
+        parts = [f"{counts}: {', '.join(of)}", f"inputs {', '.join(given)}"]
+        parts += [f"the problem's {', '.join(held)}"] if held else []
+        return f"batch {self.batch}, {self.dtype}; " + "; ".join(parts)
+
+    def _cost(self) -> str:
+        counts = f"{self.flops:,} FLOPs, {format_bytes(self.bytes)} moved, peak {format_bytes(self.peak)}"
+        return f"{counts} for batch {self.batch} ({self.measured})"
+
+    def to_latex(self) -> str:
+        """The derivation in symbols, an `align*` environment: L, H, A, S, the KKT system and the gradient."""
+        return derivation_in_latex(self)
+
+    def to_html(self) -> str:
+        """The report as one self-contained HTML fragment; every text is escaped."""
+        rows = "\n".join(
+            f"<tr><th scope='row'>{html.escape(label)}</th><td>{html.escape(text)}</td></tr>"
+            for label, text in self._lines()
+            if label or text
+        )
+        code = f"\n<pre><code>{html.escape(self.code)}</code></pre>" if self.code else ""
+        return (
+            f"<section class='implicitdiff'>\n<h3>{html.escape(self.problem)}</h3>\n"
+            f"<p>{html.escape(self.summary)}</p>\n<table>\n{rows}\n</table>{code}\n</section>"
+        )
+
+    def plot(self) -> Any:
+        """A matplotlib Figure: the pattern of H, A and S that follows from their kinds (a scheme, no values).
+
+        Raises:
+            ImplicitDiffError: matplotlib is not installed.
+        """
+        require_matplotlib("Explanation.plot")
+        from implicitdiff.diagnostics.plots import plot_structure
+
+        named = [("H", self.hessian), ("A", self.constraint_jacobian), ("S", self.schur)]
+        return plot_structure(
+            self.problem, [(name, found) for name, found in named if found is not None and min(found.shape)]
+        )
+
+
+def explain(problem: Problem, *inputs: Any, in_dims: Any = 0) -> Explanation:
+    """Derive the backward pass of a problem for inputs of these shapes and report it; nothing is solved.
+
+    Args:
+        problem: The declared problem.
+        inputs: As for the layer; tensors on the meta device, which have shapes and no data, will do.
+        in_dims: As for the layer.
+
+    Returns:
+        Explanation. Cost: one trace and one plan (kept for the layer), and the shapes of one backward pass.
+
+    Raises:
+        ImplicitDiffError: The problem or the inputs are refused at the door.
+    """
+    require_problem(problem)
+    planned = plan_of(problem, inputs, in_dims)
+    return _explanation(problem, planned, backward_cost(problem, planned))
+
+
+def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Explanation:
+    analysis, trace, bound = planned.plan.analysis, planned.plan.trace, planned.bound
+    documented = (type(problem).__doc__ or "").strip().splitlines()
+    return Explanation(
+        problem=type(problem).__name__,
+        summary=" ".join(documented[0].split()) if documented else "",
+        batch=bound.batch,
+        dtype=str(bound.dtype).removeprefix("torch."),
+        variables=tuple(Size(item.name, tuple(item.shape), True) for item in trace.variables),
+        inputs=tuple(Size(item.name, tuple(item.shape), item.batched) for item in trace.inputs),
+        tensors=tuple(Size(item.name, tuple(item.shape), item.batched) for item in trace.tensors),
+        hessian=analysis.hessian,
+        constraint_jacobian=analysis.constraint_jacobian,
+        schur=analysis.schur,
+        dependent=analysis.dependent,
+        derivation=analysis.derivation,
+        multipliers=planned.plan.needs_multipliers,
+        solver=analysis.solver,
+        rejected=analysis.rejected,
+        fallbacks=tuple(Step(step.operation, step.line, step.reason) for step in analysis.fallbacks),
+        flops=cost.flops,
+        bytes=cost.bytes,
+        peak=cost.peak,
+        measured=cost.how,
+        code=analysis.code,
+    )
+
+
+def _matrix(found: MatrixReport) -> str:
+    rows, columns = found.shape
+    return f"{found.kind} ({rows} x {columns}): {found.reason}"
+
+
+def _size(item: Size) -> str:
+    return f"{item.name} {_shape(item.shape)}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _step(step: Step) -> str:
+    operation = step.operation or "as a whole"
+    return f"{operation} at {step.line}: {step.reason}" if step.line else f"{operation}: {step.reason}"

@@ -1,0 +1,74 @@
+"""Diagnostics, the derivation in LaTeX: the same steps for each problem, with the proved kinds put in.
+
+In: an `Explanation`. Out: text. Used by `explain.py`.
+"""
+
+from typing import TYPE_CHECKING
+
+from implicitdiff.structure.report import MatrixReport
+
+if TYPE_CHECKING:
+    from implicitdiff.diagnostics.explain import Explanation
+
+_FORMS = {
+    "zero": r"0",
+    "scaled-identity": r"\sigma I",
+    "diagonal": r"\operatorname{diag}(d)",
+    "kronecker": r"K_1 \otimes K_2",
+    "banded": r"\operatorname{band}(d_{-b}, \dots, d_b)",
+    "block-diagonal": r"\operatorname{blkdiag}(H_1, \dots, H_k)",
+    "low-rank-plus-diagonal": r"D + U C U^\top",
+    "block": r"\begin{pmatrix} S_{11} & S_{12} \\ S_{21} & S_{22} \end{pmatrix}",
+}
+_SPECIAL = str.maketrans({
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+})  # fmt: skip
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return text.translate(_SPECIAL)
+
+
+def derivation_in_latex(found: "Explanation") -> str:
+    """The derivation as an `align*` environment, a remark with the reason beside each matrix.
+
+    It is the general derivation (Gould et al., Eqn. 3, in KKT form) with the form of H, A and S filled in;
+    the entries themselves are in `Explanation.code`.
+    """
+    p = found.constraint_jacobian.shape[0]
+    lines = [rf"\text{{{escape(found.problem)}:}}\quad u(x) &\in \arg\min_u f(u, x)"]
+    lines[0] += r"\ \text{ s.t. }\ h(u, x) = 0" if p else ""
+    if p:
+        lines.append(r"L &= f - \lambda^\top h, \qquad \lambda^\top A = \mathrm{D}_u f")
+    else:
+        lines.append(r"L &= f")
+    lines.append(rf"H &= \mathrm{{D}}^2_{{uu}} L {_matrix(found.hessian)}")
+    if not p:
+        lines.append(r"H w &= -v")
+        lines.append(r"\nabla_x &= \mathrm{D}_x \bigl( \mathrm{D}_u L \cdot w \bigr) = B^\top w")
+        return _align(lines)
+    lines.append(rf"A &= \mathrm{{D}}_u h {_matrix(found.constraint_jacobian)}")
+    if found.schur is not None:
+        lines.append(rf"S &= A H^{{-1}} A^\top {_matrix(found.schur)}")
+    lines += [rf"&\quad \text{{{escape(text)}}}" for text in found.dependent]
+    lines.append(
+        r"\begin{pmatrix} H & -A^\top \\ -A & 0 \end{pmatrix} \begin{pmatrix} w \\ s \end{pmatrix}"
+        r" &= -\begin{pmatrix} v \\ 0 \end{pmatrix}"
+    )
+    lines.append(
+        r"\nabla_x &= \mathrm{D}_x \bigl( \mathrm{D}_u L \cdot w - h^\top s \bigr) = B^\top w - C^\top s"
+    )
+    return _align(lines)
+
+
+def _matrix(found: MatrixReport) -> str:
+    rows, columns = found.shape
+    form = f" = {_FORMS[found.kind]}" if found.kind in _FORMS else ""
+    remark = escape(f"{found.kind}: {found.reason}")
+    return rf"{form} \in \mathbb{{R}}^{{{rows} \times {columns}}} &&\text{{{remark}}}"
+
+
+def _align(lines: list[str]) -> str:
+    return "\\begin{align*}\n  " + " \\\\\n  ".join(lines) + "\n\\end{align*}"

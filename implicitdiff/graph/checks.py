@@ -1,0 +1,125 @@
+"""What a declared function has to return, and what it has to depend on.
+
+Comes in: what the user's function returned while it was traced, and the finished graphs. Goes out: its
+tensors, or a named error that says how to mend it. Used by ``trace.py``.
+"""
+
+from typing import Any
+
+import torch
+
+from implicitdiff.errors import ProblemDefinitionError
+from implicitdiff.graph.clean import depends_on, outputs
+from implicitdiff.graph.record import Arguments
+from implicitdiff.problem import Problem
+from implicitdiff.pytrees import Spec, flatten, leaf_names
+
+
+class Result:
+    """Checks what one hook returns, and remembers its structure.
+
+    Args:
+        problem: The Problem.
+        hook: 'objective' or 'equality'.
+    """
+
+    def __init__(self, problem: Problem, hook: str) -> None:
+        self.name = f"{type(problem).__name__}.{hook}"
+        self.spec: Spec | None = None
+        self._hook = hook
+
+    def check(self, result: Any) -> list[torch.Tensor]:
+        """The tensors of a result.
+
+        Raises:
+            ProblemDefinitionError: The objective is no 0-dim real floating tensor, or a constraint is no real
+                floating tensor.
+        """
+        leaves, self.spec = flatten(result)
+        if self._hook == "objective":
+            return [self._objective(result)]
+        if not leaves:
+            raise ProblemDefinitionError(
+                f"{self.name} returned {result!r}, which holds no tensors: return a tensor or a pytree of "
+                "tensors"
+            )
+        return [self._real(leaf, name) for leaf, name in zip(leaves, leaf_names(self.spec, "output"),
+        strict=True)]
+
+    def _objective(self, result: Any) -> torch.Tensor:
+        value = self._real(result, "")
+        if value.dim() == 0:
+            return value
+        remedy = "add .squeeze()" if value.numel() == 1 else "reduce it, for instance by .sum()"
+        raise ProblemDefinitionError(
+            f"{self.name} returned a tensor of shape {tuple(value.shape)}, but the objective of one sample "
+            "is a scalar "
+            f"of shape (): {remedy}"
+        )
+
+    def _real(self, value: Any, output: str) -> torch.Tensor:
+        which = f" for {output}" if output not in ("", "output") else ""
+        if not isinstance(value, torch.Tensor):
+            forgotten = " (is the return statement missing?)" if value is None else ""
+            raise ProblemDefinitionError(
+                f"{self.name} returned {describe_value(value)}{which}{forgotten}: return a real floating "
+                "tensor that "
+                "depends on the variable"
+            )
+        if not value.is_floating_point():
+            raise ProblemDefinitionError(
+                f"{self.name} returned a tensor of dtype {value.dtype}{which}: return a real floating tensor"
+            )
+        return value
+
+
+def check_dependence(
+    problem: Problem, arguments: Arguments, objective: torch.fx.GraphModule, equality: torch.fx.GraphModule |
+        None
+) -> None:
+    """Raise unless the objective, and each constraint, depends on the variables, and each variable is used.
+
+    Raises:
+        ProblemDefinitionError: Naming what does not depend on what.
+    """
+    kind = type(problem).__name__
+    names = [fact.name for fact in arguments.facts[: arguments.variables]]
+    positions = range(arguments.variables)
+    whole = ", ".join(names)
+    (value,) = outputs(objective)
+    if not depends_on(objective, value, positions):
+        raise ProblemDefinitionError(
+            f"{kind}.objective does not depend on {whole} in a differentiable way, so it has no minimiser: "
+            "check that "
+            "it uses its first argument, and uses it outside of detach() and no_grad()"
+        )
+    constraints = () if equality is None else outputs(equality)
+    for index, constraint in enumerate(constraints):
+        assert equality is not None
+        if constraint.meta["val"].numel() and not depends_on(equality, constraint, positions):
+            which = f" (output {index})" if len(constraints) > 1 else ""
+            raise ProblemDefinitionError(
+                f"{kind}.equality{which} does not depend on {whole}, so it cannot be fulfilled by choosing "
+                "it: leave it "
+                "out, or check that it uses its first argument"
+            )
+    for position, name in zip(positions, names, strict=True):
+        used = depends_on(objective, value, [position]) or any(
+            equality is not None and depends_on(equality, constraint, [position]) for constraint in
+            constraints
+        )
+        if not used:
+            raise ProblemDefinitionError(
+                f"neither objective nor equality of {kind} depends on the variable {name}, so any value of "
+                "it is a "
+                "solution: leave it out of what init returns"
+            )
+
+
+def describe_value(value: Any) -> str:
+    """What a user returned that should have been a tensor: 'None', 'the float 1.5', 'a tuple'."""
+    if value is None:
+        return "None"
+    if isinstance(value, bool | int | float | str):
+        return f"the {type(value).__name__} {value!r}"
+    return f"an object of type {type(value).__name__}"

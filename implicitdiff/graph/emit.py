@@ -1,0 +1,366 @@
+"""From refs to the torch source of one function that computes them for a whole batch.
+
+In: named outputs. Out: `Emitted`: source text and the compiled function. One statement a node, children first; numbers,
+leaves and single uses are written inline; a buffer is deleted after its last use. Next file: `contraction.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from implicitdiff.graph.build import Builder
+from implicitdiff.graph.contraction import Operand, contract
+from implicitdiff.graph.functions import PRINT
+from implicitdiff.graph.ir import Label, Node, Ref, reachable
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result: its ref, the order of its axes, and the expression that gives it its final shape ({0} is the tensor)."""
+
+    name: str
+    ref: Ref
+    order: tuple[Label, ...]
+    finish: str = "{0}"
+    prefix: int = 1
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A function as text, and compiled."""
+
+    source: str
+    call: Callable[..., Any] = field(repr=False)
+    results: tuple[str, ...] = ()
+
+
+@dataclass
+class Variable:
+    """A materialised node: its name, the order of its axes (in the node's own labels)."""
+
+    name: str
+    layout: tuple[Label, ...]
+
+
+class Emitter:
+    """Writes one function. `arguments` are the names of its parameters, in order."""
+
+    def __init__(self, build: Builder, like: str) -> None:
+        self.build = build
+        self.like = like
+        self.lines: list[tuple[str, str]] = []
+        self.variables: dict[int, Variable] = {}
+        self.uses: dict[int, int] = {}
+        self.count = 0
+
+    # ---------------------------------------------------------------- driver
+
+    def function(
+        self, name: str, arguments: Sequence[str], outputs: Sequence[Output], namespace: Mapping[str, Any],
+        preamble: Sequence[str] = (), document: str = "", first: Sequence[Ref] = (),
+    ) -> Emitted:
+        """Emits `def name(*arguments)` that returns the outputs as a tuple; the refs `first` are written before them."""
+        nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)])
+        for node in nodes:
+            for arg in node.args:
+                self.uses[arg.node.id] = self.uses.get(arg.node.id, 0) + 1
+        for o in outputs:
+            self.uses[o.ref.node.id] = self.uses.get(o.ref.node.id, 0) + 2
+        for ref in first:
+            self.variable(ref.node)
+        results = []
+        for output in outputs:
+            text = self.expanded(output.ref, output.order, output.prefix)
+            results.append((output.name, output.finish.format(text)))
+        body = self._with_deletions(results, arguments)
+        head = f"def {name}({', '.join(arguments)}):"
+        inside = ([f'"""{document}"""'] if document else []) + list(preamble) + body
+        source = "\n".join([head, *("    " + line for line in inside)]) + "\n"
+        scope = dict(namespace)
+        exec(compile(source, f"<implicitdiff {name}>", "exec"), scope)
+        return Emitted(source, scope[name], tuple(n for n, _ in results))
+
+    def _with_deletions(self, results: Sequence[tuple[str, str]], arguments: Sequence[str]) -> list[str]:
+        """Statements, each followed by the deletion of the names it used last, and the return."""
+        tail = "return " + ", ".join(text for _, text in results) + ("," if len(results) == 1 else "")
+        names = {target for target, _ in self.lines}
+        last: dict[str, int] = {}
+        for k, (target, text) in enumerate([*self.lines, ("", tail)]):
+            for used in _words(text) & names:
+                last[used] = k
+            if target:
+                last.setdefault(target, k)
+        out = []
+        for k, (target, text) in enumerate(self.lines):
+            out.append(f"{target} = {text}")
+            dead = sorted(n for n, where in last.items() if where == k)
+            if dead:
+                out.append("del " + ", ".join(dead))
+        return [*out, tail]
+
+    def store(self, node: Node, text: str, layout: Sequence[Label], name: str | None = None) -> Variable:
+        """A new statement for a node."""
+        if name is None:
+            self.count += 1
+            name = f"t{self.count}"
+        self.lines.append((name, text))
+        variable = Variable(name, tuple(layout))
+        self.variables[node.id] = variable
+        return variable
+
+    def temporary(self, text: str) -> str:
+        """A statement for an intermediate result that is no node."""
+        self.count += 1
+        self.lines.append((f"t{self.count}", text))
+        return f"t{self.count}"
+
+    # ---------------------------------------------------------------- operands
+
+    def variable(self, node: Node) -> Variable:
+        """The name of a node, written on first use."""
+        known = self.variables.get(node.id)
+        if known is None:
+            known = getattr(self, f"_emit_{node.op}")(node)
+            self.variables[node.id] = known
+        return known
+
+    def operand(self, ref: Ref) -> Operand:
+        """A use of a node: text and labels in the order of its axes."""
+        number = self.build.as_number(ref)
+        if number is not None:
+            return Operand(_number(number), (), 0)
+        variable = self.variable(ref.node)
+        names = dict(zip(ref.node.axes, ref.labels, strict=True))
+        return Operand(variable.name, tuple(names[k] for k in variable.layout), ref.node.prefix)
+
+    def text(self, ref: Ref, order: Sequence[Label]) -> str:
+        """A use of a node, broadcastable against a tensor whose trailing axes are `order`."""
+        return self.operand(ref).aligned(order)
+
+    def expanded(self, ref: Ref, order: Sequence[Label], prefix: int) -> str:
+        """A use of a node as a tensor that really has all axes of `order` and at least `prefix` leading ones."""
+        operand = self.operand(ref)
+        text = operand.aligned(order)
+        sizes = [self.build.labels.sizes[k] for k in order]
+        if self.build.as_number(ref) is not None:
+            lead = f"*{self.like}.shape[:{prefix}], " if prefix else ""
+            return f"{self.like}.new_full(({lead}{_tuple_body(sizes)}), {text})"
+        if operand.prefix < prefix:
+            text = f"{text}[None]" if not set(order) - set(operand.labels) and not sizes else f"{_bracket(text)}[None]"
+        if set(order) - set(operand.labels):
+            lead = [str(-1)] * max(operand.prefix, prefix)
+            text = f"{_bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
+        return text
+
+    # ---------------------------------------------------------------- nodes
+
+    def _emit_leaf(self, node: Node) -> Variable:
+        return Variable(node.data[0], node.axes)  # type: ignore[index]
+
+    def _emit_view(self, node: Node) -> Variable:
+        (leaf,) = node.args
+        inner = self.operand(leaf)
+        text = []
+        specs = dict(zip(leaf.labels, node.data, strict=True))  # type: ignore[arg-type]
+        row_of = {own: row for _, own, row in self.build.view_axes(Ref(node, node.axes), node.args[0])}
+        layout = []
+        for label in inner.labels:
+            spec = specs[label]
+            if spec[0] == "all":
+                text.append(":")
+            elif spec[0] == "index":
+                text.append(str(spec[1]))
+            else:
+                start, step, count = spec[1:]
+                text.append(f"{start}:{start + step * (count - 1) + 1}" + (f":{step}" if step != 1 else ""))
+            row = row_of[label]
+            if row is not None:
+                layout.append(row)
+        return self.store(node, f"{inner.text}[..., {', '.join(text)}]", layout)
+
+    def _emit_prod(self, node: Node) -> Variable:
+        coefficient, powers = node.data  # type: ignore[misc]
+        text = self.product(coefficient, list(zip(node.args, powers, strict=True)), node.axes)
+        return self.store(node, text, node.axes)
+
+    def product(self, coefficient: float, factors: Sequence[tuple[Ref, float]], order: Sequence[Label]) -> str:
+        """coefficient * factors. Factors over the same labels meet first, small groups before large ones."""
+        groups: dict[tuple[Label, ...], list[tuple[Operand, float]]] = {}
+        for ref, power in factors:
+            operand = self.operand(ref)
+            own = tuple(k for k in order if k in operand.labels)
+            groups.setdefault(own, []).append((Operand(operand.aligned(own), own, operand.prefix), power))
+        text = "" if coefficient == 1.0 else _number(coefficient)
+        small = sorted(groups, key=lambda labels: (self._entries(labels), labels))
+        for own in small:
+            members = groups[own]
+            whole = len(own) == len(order)
+            if len(small) == 1 or whole:
+                text = _product_text(text, members, order)
+                continue
+            inner = _product_text("", members, own)
+            part = Operand(inner, own, max(o.prefix for o, _ in members)).aligned(order)
+            text = f"{text} * {_bracket(part)}" if text else part
+        return text
+
+    def _entries(self, labels: Sequence[Label]) -> int:
+        out = 1
+        for label in labels:
+            out *= self.build.labels.sizes[label]
+        return out
+
+    def _emit_add(self, node: Node) -> Variable:
+        constant, coefficients = node.data  # type: ignore[misc]
+        terms = sorted(zip(coefficients, node.args, strict=True), key=lambda t: t[0] != 1.0)
+        text = ""
+        for coefficient, ref in terms:
+            part = self.text(ref, node.axes)
+            if not text:
+                text = part if coefficient == 1.0 else f"{_number(coefficient)} * {part}"
+            elif abs(coefficient) == 1.0:
+                text = f"{text} {'+' if coefficient > 0 else '-'} {part}"
+            else:
+                text = f"torch.add({text}, {part}, alpha={_number(coefficient)})"
+        if constant:
+            text = f"{text} {'+' if constant > 0 else '-'} {_number(abs(constant))}"
+        return self.store(node, text, node.axes)
+
+    def _emit_fn(self, node: Node) -> Variable:
+        name, _ = node.data  # type: ignore[misc]
+        if name == "detach":
+            return self._emit_hold(node)
+        numbers = [self.build.as_number(a) for a in node.args]
+        if name == "where" and numbers[1] is not None and numbers[2] is not None:
+            condition = _bracket(self.text(node.args[0], node.axes))
+            high, low = numbers[1], numbers[2]
+            text = f"{condition}.to({self.like}.dtype)"
+            text = text if high - low == 1.0 else f"{text} * {_number(high - low)}"
+            return self.store(node, text if low == 0.0 else f"{text} + {_number(low)}", node.axes)
+        parts = [_bracket(self.text(a, node.axes)) for a in node.args]
+        return self.store(node, PRINT[name].format(*parts, like=self.like), node.axes)
+
+    def _emit_con(self, node: Node) -> Variable:
+        (body,) = node.args
+        if body.node.op == "prod" and self.uses.get(body.node.id, 0) < 2 and body.node.id not in self.variables:
+            _, factors = self.build.split(body)
+            operands = [self._factor_operand(ref, power) for ref, power in factors]
+        else:
+            operands = [self.operand(body)]
+        text, layout = contract(operands, node.axes, node.bound, bool(node.data), self.build.labels.sizes, self.temporary)
+        return self.store(node, text, layout)
+
+    def _factor_operand(self, ref: Ref, power: float) -> Operand:
+        operand = self.operand(ref)
+        if power == 1.0:
+            return operand
+        inverse = _inverse_power(operand.text, -power) if power < 0.0 else ""
+        text = inverse or (_power(operand.text, power) if power > 0.0 else f"{_power(operand.text, -power)}.reciprocal()")
+        return Operand(text, operand.labels, operand.prefix)
+
+    def _emit_amax(self, node: Node) -> Variable:
+        operand = self.operand(node.args[0])
+        dims = sorted(operand.labels.index(k) - len(operand.labels) for k in node.bound)
+        return self.store(node, f"{_bracket(operand.text)}.amax({_dims(dims)})",
+                          [k for k in operand.labels if k not in node.bound])
+
+    def _emit_eye(self, node: Node) -> Variable:
+        return self.store(node, f"torch.eye({node.sizes[0]}, dtype={self.like}.dtype, device={self.like}.device)", node.axes)
+
+    def _emit_select(self, node: Node) -> Variable:
+        spec, size = node.data  # type: ignore[misc]
+        rows = str(spec[1]) if spec[0] == "index" else f"{spec[1]}:{spec[1] + spec[2] * (spec[3] - 1) + 1}:{spec[2]}"
+        return self.store(node, f"torch.eye({size}, dtype={self.like}.dtype, device={self.like}.device)[{rows}]", node.axes)
+
+    def _emit_hold(self, node: Node) -> Variable:
+        operand = self.operand(node.args[0])
+        names = dict(zip(node.args[0].labels, node.axes, strict=True))
+        return Variable(operand.text, tuple(names[k] for k in operand.labels))
+
+    def _emit_call(self, node: Node) -> Variable:
+        template, orders, name = node.data  # type: ignore[misc]
+        own = [*node.axes, *node.bound]
+        parts = [self.expanded(a, [own[k] for k in order], prefix) if prefix >= 0 else self.operand(a).text
+                 for a, (order, prefix) in zip(node.args, orders, strict=True)]
+        taken = name is None or any(name == target for target, _ in self.lines)
+        return self.store(node, template.format(*parts), node.axes, None if taken else name)
+
+
+def call(
+    build: Builder, template: str, args: Sequence[tuple[Ref, Sequence[Label], int]], out: Sequence[Label], prefix: int,
+    name: str | None = None,
+) -> Ref:
+    """A node that prints as `template`: {k} is argument k with the given axes and at least the given prefix.
+
+    Prefix -1 passes a Python object (a factorisation) on as it is.
+    """
+    bound = list(dict.fromkeys(k for _, order, _ in args for k in order if k not in out))
+    own = [*out, *bound]
+    orders = tuple((tuple(own.index(k) for k in order), least) for _, order, least in args)
+    return build.make("call", (template, orders, name), [ref for ref, _, _ in args], out, bound, prefix=prefix,
+                      leaves=frozenset())
+
+
+def _words(text: str) -> set[str]:
+    clean = "".join(c if c.isalnum() or c == "_" else " " for c in text)
+    return set(clean.split())
+
+
+def _bracket(text: str) -> str:
+    """Parenthesises what is no single name or call."""
+    depth = 0
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        if c == " " and depth == 0:
+            return f"({text})"
+    return f"({text})" if text.startswith("-") else text
+
+
+def _number(value: float) -> str:
+    if value != value or value in (float("inf"), float("-inf")):
+        return f'float("{value}")'
+    return repr(float(value))
+
+
+def _power(text: str, power: float) -> str:
+    """text^power for a positive power."""
+    names = {1.0: "{0}", 2.0: "{0}.square()", 0.5: "{0}.sqrt()"}
+    return names[power].format(text) if power in names else f"{text}.pow({power!r})"
+
+
+def _product_text(text: str, members: Sequence[tuple[Operand, float]], order: Sequence[Label]) -> str:
+    """`text` times the members, all over the same axes; a lone negative power is written as its inverse."""
+    above = [m for m in members if m[1] > 0.0]
+    below = [m for m in members if m[1] < 0.0]
+    for operand, power in above:
+        part = _power(_bracket(operand.aligned(order)), power)
+        text = f"{text} * {part}" if text else part
+    for operand, power in below:
+        own = operand.aligned(order)
+        inverse = _inverse_power(own, -power)
+        if inverse and (not text or power != -1.0):
+            text = f"{text} * {inverse}" if text else inverse
+        else:
+            text = f"{text or '1.0'} / {_power(_bracket(own), -power)}"
+    return text
+
+
+def _inverse_power(text: str, power: float) -> str:
+    """text^-power where torch has a function for it, else ''."""
+    text = _bracket(text)
+    names = {1.0: "{0}.reciprocal()", 0.5: "{0}.rsqrt()", 1.5: "({0}.rsqrt() / {0})"}
+    return names[power].format(text) if power in names else ""
+
+
+def _dims(dims: Sequence[int]) -> str:
+    return str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
+
+
+def _tuple_body(sizes: Sequence[int]) -> str:
+    return "".join(f"{s}, " for s in sizes)
+
+
+NAMESPACE: dict[str, Any] = {"torch": torch}

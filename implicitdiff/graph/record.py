@@ -1,0 +1,304 @@
+"""Runs one declared function under ``make_fx`` and hands back its raw graph.
+
+Comes in: a Problem, the shapes of everything the function may read, the name of the hook. Goes out: a
+functional aten graph of one sample, with the user's line on every node. Next file to read: ``clean.py``.
+"""
+
+import dataclasses
+import pickle
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from implicitdiff.errors import (
+    ControlFlowError,
+    ImplicitDiffError,
+    InputError,
+    ProblemDefinitionError,
+    RandomnessError,
+    TraceError,
+)
+from implicitdiff.graph.lines import raising_line
+from implicitdiff.graph.recorder import SHAPE_REMEDY, VALUE_REMEDY, Recorder
+from implicitdiff.graph.skeleton import skeleton
+from implicitdiff.inputs import Bound, variable_name
+from implicitdiff.problem import Problem
+from implicitdiff.pytrees import Spec, leaf_names, unflatten
+from implicitdiff.torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    clean_context,
+    make_fx,
+)
+
+# What torch says when data is asked of a tensor that has none, in 2.6 to 2.13.
+_NO_VALUE = ("trying to get value out of a tracing tensor",)
+_NO_DATA = (
+    "not supported for tensor subclasses",
+    "data is not allocated yet",
+    "Cannot copy out of meta tensor",
+    "Cannot access data pointer",
+)
+_DEVICES = ("FakeTensor Device Propagation", "Expected all tensors to be on the same device")
+
+REPEATS = 12
+
+Check = Callable[[Any], list[torch.Tensor]]
+
+
+# make_fx and the fake tensor mode are not safe in threads.
+LOCK = threading.RLock()
+
+
+class Fact(NamedTuple):
+    """What a function may know of one argument."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arguments:
+    """Everything a declared function may read, as shapes: the variables, the inputs, the Problem's tensors.
+
+    Attributes:
+        facts: One per argument, in the order of the graph's placeholders.
+        variables: How many of them are variables; they come first.
+        variable_spec: Their structure, None where there are none (``init``).
+        bound: The bound inputs; their leaves come next, then the tensors of the Problem.
+    """
+
+    facts: tuple[Fact, ...]
+    variables: int
+    variable_spec: Spec | None
+    bound: Bound
+
+    def fakes(self) -> list[torch.Tensor]:
+        """Fresh fake tensors, one per argument; to be called inside the fake mode."""
+        return [torch.empty(fact.shape, dtype=fact.dtype, device=fact.device) for fact in self.facts]
+
+    def call(self, problem: Problem, hook: str, values: Sequence[torch.Tensor], recorder: Any = None) -> Any:
+        """Call a hook of the Problem's skeleton on these values."""
+        end = self.variables + len(self.bound.leaves)
+        tensors = values[end:]
+        twin = skeleton(problem, {id(t): v for t, v in zip(self.bound.tensors, tensors, strict=True)})
+        arguments = list(self.bound.unflatten(values[self.variables : end]))
+        if self.variable_spec is not None:
+            arguments.insert(0, unflatten(values[: self.variables], self.variable_spec))
+        if recorder is None:
+            return call_hook(twin, hook, arguments)
+        with recorder:
+            return call_hook(twin, hook, arguments)
+
+
+def arguments_of(
+    problem: Problem, variables: Sequence[torch.Tensor], variable_spec: Spec | None, bound: Bound
+) -> Arguments:
+    """The arguments of the declared functions of one sample.
+
+    Args:
+        problem: The Problem.
+        variables: Leaves of one sample; only shape and dtype count.
+        variable_spec: Their structure; None for a hook that takes no variable.
+        bound: The inputs. Where they are on the meta device, the graph is made for the device of the
+            Problem's tensors, else for the CPU, since constants inside a function lie on a real device.
+    """
+    real = [t.device for t in (*bound.leaves, *bound.tensors) if not t.is_meta]
+    home = real[0] if real else torch.device("cpu")
+
+    def facts(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[Fact]:
+        triples = zip(names, tensors, shapes, strict=True)
+        return [Fact(n, tuple(s), t.dtype, home if t.is_meta else t.device) for n, t, s in triples]
+
+    on_home = [torch.empty((), dtype=v.dtype, device="meta") for v in variables]
+    names = () if variable_spec is None else leaf_names(variable_spec, variable_name(problem))
+    return Arguments(
+        facts=(
+            *facts(names, on_home, [v.shape for v in variables]),
+            *facts(bound.names, bound.leaves, bound.sample_shapes),
+            *facts(bound.tensor_names, bound.tensors, [t.shape for t in bound.tensors]),
+        ),
+        variables=len(variables),
+        variable_spec=variable_spec,
+        bound=bound,
+    )
+
+
+def call_hook(problem: Problem, hook: str, arguments: Sequence[Any]) -> Any:
+    """The one frame between the library and the user's code, see ``lines.origin``."""
+    return getattr(problem, hook)(*arguments)
+
+
+def record(problem: Problem, hook: str, arguments: Arguments, check: Check) -> torch.fx.GraphModule:
+    """The raw graph of a hook.
+
+    It is run twice, so that a function that is not one (numpy's or Python's random numbers, the time) is
+    noticed: the values it drew would be baked in.
+
+    Args:
+        problem: The Problem.
+        hook: 'objective' or 'equality'.
+        arguments: What it may read.
+        check: Takes what the hook returned, raises if it is wrong, and returns its tensors.
+
+    Returns:
+        A graph without operations in place. Its attributes are constants and captured tensors.
+
+    Raises:
+        ControlFlowError, RandomnessError, CapturedTensorError, TraceError: It cannot be traced faithfully.
+        ProblemDefinitionError: It raised an error of its own, or returned something else.
+    """
+    name = f"{type(problem).__name__}.{hook}"
+    state = _generators()
+    first = _run(problem, hook, arguments, check, functional=False)
+    # Where a global generator has moved (another thread may have done it) the function is tried more often: a
+    # draw between two branches is the same twice in every second case.
+    for _ in range(1 if state == _generators() else REPEATS):
+        _refuse_difference(name, first, _run(problem, hook, arguments, check, functional=False))
+    writes = [node for node in first.graph.nodes if _writes(node)]
+    if not writes:
+        return first
+    functional = _run(problem, hook, arguments, check, functional=True)
+    _refuse_lasting_writes(name, [fact.name for fact in arguments.facts], functional, writes)
+    return functional
+
+
+def run_on_shapes(problem: Problem, hook: str, arguments: Arguments) -> Any:
+    """What a hook returns on fake tensors, without a graph; used for ``init``, which may do as it likes."""
+    try:
+        with torch.no_grad(), clean_context(), FakeTensorMode(allow_non_fake_inputs=True):
+            return arguments.call(problem, hook, arguments.fakes())
+    except ImplicitDiffError:
+        raise
+    except Exception as error:
+        raise explain(f"{type(problem).__name__}.{hook}", arguments, error) from error
+
+
+def _run(
+    problem: Problem, hook: str, arguments: Arguments, check: Check, functional: bool
+) -> torch.fx.GraphModule:
+    name = f"{type(problem).__name__}.{hook}"
+
+    def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        recorder = Recorder(name, call_hook.__code__)
+        return tuple(check(arguments.call(problem, hook, values, recorder)))
+
+    target = torch.func.functionalize(function) if functional else function
+    try:
+        # Gradients are on, but nothing requires them: the graph is that of no_grad, and a no_grad of the user
+        # shows.
+        with torch.enable_grad(), clean_context(), FakeTensorMode(allow_non_fake_inputs=True):
+            return make_fx(target, tracing_mode="real")(*arguments.fakes())
+    except ImplicitDiffError:
+        raise
+    except Exception as error:
+        raise explain(name, arguments, error) from error
+
+
+def explain(name: str, arguments: Arguments, error: Exception) -> ImplicitDiffError:
+    """The named error for an exception that came out of a user's function."""
+    line = raising_line(error.__traceback__)
+    at = f" at {line}" if line else ""
+    text = str(error)
+    if isinstance(error, DynamicOutputShapeException):
+        return ControlFlowError(f"{name} makes a tensor whose shape depends on values{at}: {SHAPE_REMEDY}")
+    if isinstance(error, DataDependentOutputException) or any(words in text for words in _NO_VALUE):
+        return ControlFlowError(f"{name} reads the value of a tensor in Python{at}: {VALUE_REMEDY}")
+    if any(words in text for words in _NO_DATA):
+        return TraceError(
+            f"{name} takes the data out of a tensor (numpy, torch.tensor of tensors){at}: the graph would "
+            "keep the "
+            "values of this one call; use torch operations, and torch.stack in place of torch.tensor([u[0], "
+            "u[1]])"
+        )
+    if any(words in text for words in _DEVICES) and len({fact.device for fact in arguments.facts}) > 1:
+        listed = ", ".join(f"{fact.name} {fact.device}" for fact in arguments.facts)
+        return InputError(
+            f"{name} mixes devices{at}: {listed}; move the inputs or the Problem with .to(device)"
+        )
+    shapes = ", ".join(f"{fact.name} {fact.shape}" for fact in arguments.facts)
+    return ProblemDefinitionError(
+        f"{name} raised {type(error).__name__}{at}: {text}. It was called on one sample, without the batch "
+        "axis, with "
+        f"{shapes}"
+    )
+
+
+_DRAW_BEFORE = (
+    "a declared function has to give the same result each time; draw before the layer and pass the result as "
+    "an input"
+)
+
+
+def _generators() -> bytes:
+    """The state of the global generators of Python and, if it is in use, of numpy."""
+    numpy_random = sys.modules.get("numpy.random")
+    return pickle.dumps((random.getstate(), None if numpy_random is None else numpy_random.get_state()))
+
+
+def _refuse_difference(name: str, first: torch.fx.GraphModule, second: torch.fx.GraphModule) -> None:
+    nodes, others = list(first.graph.nodes), list(second.graph.nodes)
+    for node, other in zip(nodes, others, strict=False):
+        same = node.format_node() == other.format_node()
+        if same and node.op == "get_attr":
+            same = _same_constant(getattr(first, node.target), getattr(second, other.target))
+        if not same:
+            line = next((str(n.meta["user_line"]) for n in (node, *node.users) if n.meta.get(
+                "user_line")), ""
+            )
+            at = f" at {line}" if line else ""
+            raise RandomnessError(f"{name} does something else when it is called again{at}: {_DRAW_BEFORE}")
+    if len(nodes) != len(others):
+        raise RandomnessError(f"{name} has a varying number of operations: {_DRAW_BEFORE}")
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if a is b or not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return True
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# Functionalisation leaves these: they change the shape of their own intermediate result, and no number.
+_RESHAPES_ITSELF = ("aten::squeeze_", "aten::unsqueeze_", "aten::transpose_", "aten::t_")
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or schema.name in _RESHAPES_ITSELF:
+        return False
+    return bool(schema.is_mutable)
+
+
+def _refuse_lasting_writes(
+    name: str, names: Sequence[str], functional: torch.fx.GraphModule, writes: Sequence[torch.fx.Node]
+) -> None:
+    """After functionalisation the only writes left are those that outlive the function."""
+    for node in functional.graph.nodes:
+        if not _writes(node):
+            continue
+        target = node.args[0]
+        placeholders = [n for n in functional.graph.nodes if n.op == "placeholder"]
+        what = "a captured tensor"
+        if isinstance(target, torch.fx.Node) and target.op == "placeholder":
+            what = names[placeholders.index(target)]
+        lines = [str(n.meta.get("user_line", "")) for n in writes if what == _written(n, names)]
+        at = f" at {lines[0]}" if lines and lines[0] else ""
+        raise TraceError(f"{name} changes {what} in place{at}: write into a copy, {what}.clone()")
+
+
+def _written(node: torch.fx.Node, names: Sequence[str]) -> str:
+    """What an operation in place writes into, through views and further operations in place."""
+    target: Any = node
+    while isinstance(target, torch.fx.Node) and target.op == "call_function" and target.args:
+        target = target.args[0]
+    if isinstance(target, torch.fx.Node) and target.op == "placeholder":
+        placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
+        return names[placeholders.index(target)]
+    return "a captured tensor"

@@ -1,0 +1,8 @@
+"""The translation rules, one file per family of aten operations.
+
+In: an aten operation with its arguments as `Value`s. Out: its `Value`. Importing this package registers all rules.
+"""
+
+from implicitdiff.graph.rules import create, index, matmul, pointwise, reduce, view
+
+__all__ = ["create", "index", "matmul", "pointwise", "reduce", "view"]

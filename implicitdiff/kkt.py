@@ -1,0 +1,38 @@
+"""The KKT solve, the only copy of the formula: K (w, s) = (a, b) with K = [[H, -A'], [-A, 0]].
+
+In: the steps (apply H^-1, A, A', S^-1) as callables, over symbols or over tensors. Out: (w, s).
+From H w - A's = a and -A w = b follow w = H^-1 (a + A's) and S s = -(b + A H^-1 a) with S = A H^-1 A'.
+Next files: `saddle.py` (numbers), `symbolic_kkt.py` (symbols).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+
+@dataclass(frozen=True)
+class Steps(Generic[X, Y]):
+    """What the formula needs: X lives with the variables, Y with the constraints."""
+
+    inverse: Callable[[X], X]
+    constrain: Callable[[X], Y]
+    spread: Callable[[Y], X]
+    schur: Callable[[Y], Y]
+    add: Callable[..., X | Y] | Callable[..., object]
+    negate: Callable[..., object]
+
+
+def range_space(steps: Steps[X, Y], a: X, b: Y) -> tuple[X, Y]:
+    """(w, s): one solve with S, and H^-1 applied to two right-hand sides, the first of which is shared.
+
+    Gould et al. (2022), Eqn. 3, evaluated from the left for given right-hand sides.
+    """
+    q = steps.inverse(a)
+    s = steps.schur(steps.negate(steps.add(b, steps.constrain(q))))  # type: ignore[arg-type]
+    w = steps.add(q, steps.inverse(steps.spread(s)))
+    return w, s  # type: ignore[return-value]

@@ -1,0 +1,165 @@
+"""The layer: a declared problem as a differentiable module, and the same as a function.
+
+In: a problem, options, and batched inputs. Out: the solution of every sample, differentiable in the inputs and in the
+problem's parameters. One call goes: inputs.bind -> plan.plan_for -> optimizers.solve_forward inside autograd's function.
+Next: `layer/prepare.py`, which prepares one call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from implicitdiff.layer.prepare import Options, Prepared, prepare
+from implicitdiff.errors import NotSupportedYetError
+from implicitdiff.inputs import InDims
+from implicitdiff.problem import Problem, Solution, require_problem
+from implicitdiff.layer.unrolled import run_unrolled
+
+
+class DeclarativeLayer(torch.nn.Module):
+    """A problem as a layer: `layer(*inputs)` is the argmin of each sample.
+
+    Attributes:
+        problem: the declaration, a submodule, so that its parameters are the layer's.
+        options: the options as given, checked.
+
+    Example:
+        >>> layer = idf.DeclarativeLayer(GeometricMedian(), in_dims=0)
+        >>> u = layer(x)                      # x (batch, m, n) -> u (batch, m)
+        >>> u.square().sum().backward()       # gradients for x and for the problem's parameters
+    """
+
+    problem: Problem
+    options: Options
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        in_dims: InDims = 0,
+        optimizer: Any = None,
+        linear_solver: str = "auto",
+        backward: str = "auto",
+        on_failure: str = "raise",
+        optimality_tol: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Check the options and keep them.
+
+        Args:
+            problem: the declaration.
+            in_dims: where the batch axis of each input is, as in torch.vmap: an int, None (shared by all samples), or a
+                pytree prefix of the tuple of inputs. None alone: one sample, nothing has a batch axis.
+            optimizer: one of `implicitdiff.optimizers`; None: the problem's own `solve`, else Newton's method.
+            linear_solver: the solver of the backward pass by name; "auto" chooses by structure and cost.
+            backward: "auto" (structured), "dense" (the formula literally), "matrix-free" (products only), "unrolled"
+                (differentiate the solver itself), "hand" (the problem's `vjp`), "approximate" (constraints ignored).
+            on_failure: what becomes of a sample without a solution or without a derivative: "raise"; "warn" (keep it);
+                "nan" or "zero" (so in u and in its gradients; a shared tensor's gradient is NaN, or the sum over the other
+                samples); "damp" (regularise, with a warning).
+            optimality_tol: relative tolerance of the check that u is optimal; None: sqrt(eps) of the dtype.
+            compile: not supported yet.
+
+        Raises:
+            ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
+            OptionError: an option has a value that does not exist; the message lists those that do.
+            NotSupportedYetError: an option of the contract that is not built yet.
+        """
+        super().__init__()
+        if compile:
+            raise NotSupportedYetError("compile=True is not supported yet; wrap the layer in torch.compile without fullgraph")
+        self.compile_requested = compile
+        self.problem = require_problem(problem)
+        self.options = Options(
+            in_dims=in_dims,
+            optimizer=optimizer,
+            linear_solver=linear_solver,
+            backward=backward,
+            on_failure=on_failure,
+            optimality_tol=optimality_tol,
+        )
+        self.options.check(self.problem)
+
+    def forward(self, *inputs: Any, init: Any = None) -> Any:
+        """The solution u of every sample, in the structure of the problem's `init`.
+
+        Args:
+            inputs: as the problem's functions take them after u, with the batch axes that `in_dims` says.
+            init: a start point for every sample, batch axis first (none if `in_dims` is None); None: the problem's `init`.
+
+        Returns:
+            u with the batch axis first, differentiable.
+
+        Raises:
+            ImplicitDiffError: one of its children says what is wrong, where, and how to mend it.
+        """
+        prepared = prepare(self.problem, inputs, self.options, init)
+        return _run(prepared, with_value=False).u
+
+    def solve(self, *inputs: Any, init: Any = None) -> Solution:
+        """The same as calling the layer, with everything known about the solution.
+
+        Args:
+            inputs: see `forward`.
+            init: see `forward`.
+
+        Returns:
+            Solution: u, the multipliers (lambda' A = D_u f) and the value are differentiable.
+        """
+        return _run(prepare(self.problem, inputs, self.options, init), with_value=True)
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        return self.options.shown()
+
+
+def solve(
+    problem: Problem,
+    *inputs: Any,
+    in_dims: InDims = 0,
+    init: Any = None,
+    optimizer: Any = None,
+    linear_solver: str = "auto",
+    backward: str = "auto",
+    on_failure: str = "raise",
+    optimality_tol: float | None = None,
+    compile: bool = False,
+) -> Solution:
+    """Solve every sample: `DeclarativeLayer(problem, ...).solve(*inputs, init=init)` as a function.
+
+    Args:
+        problem: the declaration.
+        inputs: as its functions take them after u.
+        in_dims: see `DeclarativeLayer`.
+        init: a start point for every sample, or None.
+        optimizer: see `DeclarativeLayer`.
+        linear_solver: see `DeclarativeLayer`.
+        backward: see `DeclarativeLayer`.
+        on_failure: see `DeclarativeLayer`.
+        optimality_tol: see `DeclarativeLayer`.
+        compile: see `DeclarativeLayer`.
+
+    Returns:
+        Solution, differentiable in u, the multipliers and the value.
+    """
+    if compile:
+        raise NotSupportedYetError("compile=True is not supported yet; wrap the call in torch.compile without fullgraph")
+    options = Options(
+        in_dims=in_dims,
+        optimizer=optimizer,
+        linear_solver=linear_solver,
+        backward=backward,
+        on_failure=on_failure,
+        optimality_tol=optimality_tol,
+    )
+    options.check(require_problem(problem))
+    return _run(prepare(problem, inputs, options, init), with_value=True)
+
+
+def _run(prepared: Prepared, *, with_value: bool) -> Solution:
+    with torch.autocast(prepared.bound.device.type, enabled=False):
+        outputs = run_unrolled(prepared) if prepared.options.backward == "unrolled" else prepared.apply()
+        value = prepared.value(outputs.u) if with_value else None
+        return prepared.solution(outputs, value)

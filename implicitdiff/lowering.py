@@ -1,0 +1,264 @@
+"""Symbolic forms as calls in the emitted code: pack, build the operator, factor, solve, unpack.
+
+In: forms and refs. Out: refs of calls (`graph.emit.call`). Vectors are flat (..., B, m) inside solvers, and
+have the variable's own axes outside. Next file: `symbolic_kkt.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from implicitdiff import operators
+from implicitdiff.graph.build import Builder
+from implicitdiff.graph.emit import call
+from implicitdiff.graph.ir import BATCHED, UNBATCHED, Label, Ref, Unsupported
+from implicitdiff.structure.forms import Entry, Form, LowRankTerm, Space
+
+
+def flat_text(sizes: Sequence[Sequence[int]]) -> str:
+    """Template that joins blocks with the given axes to one flat vector."""
+    parts = []
+    for k, axes in enumerate(sizes):
+        end = {0: "[..., None]", 1: ""}.get(len(axes), f".flatten(-{len(axes)})")
+        parts.append(f"{{{k}}}{end}")
+    return parts[0] if len(parts) == 1 else f"torch.cat(({', '.join(parts)}), -1)"
+
+
+def pack(build: Builder, space: Space, refs: Sequence[Ref], side: Sequence[Sequence[Label]], prefix: int) -> Ref:
+    """The blocks joined to a flat vector, over one label."""
+    out = build.labels.new(space.size)
+    args = [(ref, tuple(labels), prefix) for ref, labels in zip(refs, side, strict=True)]
+    vector = len(args) == 1 and len(space.sizes[0]) == 1
+    if vector and set(refs[0].labels) == set(side[0]) and refs[0].node.prefix >= prefix:
+        return refs[0].rename({side[0][0]: out})
+    prefix = max([prefix, *(ref.node.prefix for ref in refs)])
+    return call(build, flat_text(space.sizes), [(r, labels, prefix) for r, labels, _ in args], (out,), prefix)
+
+
+def unpack(build: Builder, space: Space, flat: Ref, side: Sequence[Sequence[Label]], names: Sequence[str | None]) -> list[Ref]:
+    """A flat vector as the blocks with their own axes."""
+    if len(space.sizes) == 1 and len(space.sizes[0]) == 1:
+        return [flat.rename({flat.labels[0]: side[0][0]})]
+    refs, start = [], 0
+    for k, axes in enumerate(space.sizes):
+        end = start + space.entries(k)
+        text = "{0}" if len(space.sizes) == 1 else f"{{0}}[..., {start}:{end}]"
+        if len(axes) != 1:
+            text = f"{text}[..., 0]" if not axes else f"{text}.unflatten(-1, ({', '.join(map(str, axes))}))"
+        refs.append(call(build, text, [(flat, flat.labels, flat.node.prefix)], side[k], flat.node.prefix, names[k]))
+        start = end
+    return refs
+
+
+def solve(build: Builder, factor: Ref, rhs: Ref, name: str | None = None) -> Ref:
+    """factor.solve(rhs) for a flat right-hand side."""
+    return call(build, "{0}.solve({1})", [(factor, (), -1), (rhs, rhs.labels, max(rhs.node.prefix, BATCHED))],
+                rhs.labels, max(rhs.node.prefix, BATCHED), name)
+
+
+def factorised(build: Builder, operator: Ref, solver: str, name: str) -> Ref:
+    """The factorisation object; `solver` is the class name."""
+    return call(build, f"solvers.{solver}().factor({{0}})", [(operator, (), -1)], (), BATCHED, name)
+
+
+def status_of(build: Builder, factor: Ref) -> Ref:
+    """factor.status, (B,)."""
+    return call(build, "{0}.status", [(factor, (), -1)], (), BATCHED)
+
+
+# -------------------------------------------------------------------- dense matrices
+
+
+def product(build: Builder, term: LowRankTerm) -> Ref:
+    """left diag(weights) right' written out."""
+    return build.con(build.times(term.left, term.weights, term.right), term.rank)
+
+
+def written_out(build: Builder, entry: Entry, rows: Sequence[Label], columns: Sequence[Label]) -> Ref | None:
+    """Everything of an entry but its diagonal, over rows and columns; None where there is nothing."""
+    pieces = [*entry.dense, *(product(build, t) for t in entry.low_rank)]
+    for axes, ref in entry.partial:
+        pieces.append(build.times(ref, *(build.eye(rows[k], columns[k]) for k in sorted(axes))))
+    total = build.plus(*pieces) if pieces else None
+    return None if total is None or build.is_zero(total) else total
+
+
+def dense_block(
+    build: Builder, entry: Entry, rows: Sequence[Label], columns: Sequence[Label], sizes: tuple[int, int]
+) -> tuple[str, list[tuple[Ref, Sequence[Label], int]]]:
+    """Template (with {0}, {1}) and arguments of one block as a matrix (B, rows, columns)."""
+    whole = written_out(build, entry, rows, columns)
+    args: list[tuple[Ref, Sequence[Label], int]] = []
+    if whole is None:
+        zero = build.number(0.0)
+        text = f"{{0}}.new_zeros(1, {sizes[0]}, {sizes[1]})"
+        args.append((like(build), (), UNBATCHED))
+        del zero
+    else:
+        simple = len(rows) == 1 and len(columns) == 1
+        text = "{0}" if simple else f"saddle.matrix({{0}}, {len(rows)}, {len(columns)})"
+        args.append((whole, (*rows, *columns), BATCHED))
+    if entry.diagonal is not None:
+        text = f"saddle.with_diagonal({text}, {flat_text([rows]).replace('{0}', '{1}')})"
+        args.append((entry.diagonal, rows, BATCHED))
+    return text, args
+
+
+def like(build: Builder) -> Ref:
+    """Any tensor of the right dtype and device: the first leaf of the variables."""
+    node = next(node for node in build.table.values() if node.op == "leaf")
+    return call(build, "{0}", [(build.self_ref(node), node.axes, UNBATCHED)], (), node.prefix)
+
+
+def dense_matrix(build: Builder, form: Form) -> Ref:
+    """The whole matrix (B, m, m), over two labels."""
+    space = form.space
+    return joined(build, [[(form.grid[a][b], space.rows[a], space.columns[b], (space.entries(a),
+    space.entries(b)))
+                           for b in range(len(space.names))] for a in range(len(space.names))])
+
+
+def joined(
+    build: Builder, cells: Sequence[Sequence[tuple[Entry, Sequence[Label], Sequence[Label], tuple[int, int]]]]
+) -> Ref:
+    """A grid of entries as one matrix over two labels."""
+    out = (build.labels.new(sum(row[0][3][0] for row in cells)), build.labels.new(sum(c[3][1] for c in
+    cells[0])))
+    args: list[tuple[Ref, Sequence[Label], int]] = []
+    rows = []
+    for row in cells:
+        texts = []
+        for entry, labels, columns, sizes in row:
+            text, own = dense_block(build, entry, labels, columns, sizes)
+            for k in reversed(range(len(own))):
+                text = text.replace(f"{{{k}}}", f"{{{len(args) + k}}}")
+            args += own
+            texts.append(text)
+        rows.append(f"[{', '.join(texts)}]")
+    text = rows[0][1:-1] if len(cells) == 1 and len(cells[0]) == 1 else f"saddle.grid([{', '.join(rows)}])"
+    return call(build, text, args, out, BATCHED)
+
+
+# -------------------------------------------------------------------- operators
+
+
+def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
+    """The operator object of a form (or its dense twin, `kind="dense"`)."""
+    kind = form.kind if kind is None else kind
+    space = form.space
+    if kind == "zero":
+        return call(build, f"operators.ScaledIdentity({{0}}.new_zeros(1), {space.size})", [(like(build), (), UNBATCHED)], (), BATCHED)
+    if kind == "scaled-identity":
+        scale = form.entry.diagonal
+        assert scale is not None
+        return call(build, f"operators.ScaledIdentity({{0}}, {space.size})", [(scale, (), BATCHED)], (), BATCHED)
+    if kind == "diagonal":
+        refs = [form.grid[k][k].diagonal for k in range(len(space.names))]
+        args = [(ref, space.rows[k], BATCHED) for k, ref in enumerate(refs) if ref is not None]
+        return call(build, f"operators.Diagonal({flat_text(space.sizes)})", args, (), BATCHED)
+    if kind == "block-diagonal":
+        return _block_diagonal(build, form)
+    if kind == "low-rank-plus-diagonal":
+        return _low_rank(build, form)
+    whole = dense_matrix(build, form)
+    return call(build, "operators.Dense({0}, symmetric=True)", [(whole, whole.labels, BATCHED)], (), BATCHED)
+
+
+def _block_diagonal(build: Builder, form: Form) -> Ref:
+    rows, columns = form.space.rows[0], form.space.columns[0]
+    shared = sorted(form.shared)
+    inside = [k for k in range(len(rows)) if k not in form.shared]
+    pieces = []
+    for axes, ref in form.entry.partial:
+        extra = [build.eye(rows[k], columns[k]) for k in sorted(axes) if k not in form.shared]
+        pieces.append(build.times(ref, *extra))
+    if form.entry.diagonal is not None:
+        pieces.append(build.times(form.entry.diagonal, *(build.eye(rows[k], columns[k]) for k in inside)))
+    order = [*(rows[k] for k in shared), *(rows[k] for k in inside), *(columns[k] for k in inside)]
+    text = "{0}" if len(shared) == 1 else f"{{0}}.flatten(1, {len(shared)})"
+    if len(inside) > 1:
+        text = f"saddle.matrix({text}, {len(inside)}, {len(inside)})"
+    sizes = form.space.sizes[0]
+    return call(build, f"operators.BlockDiagonal({text}, {tuple(sizes)}, {tuple(shared)})",
+                [(build.plus(*pieces), order, BATCHED)], (), BATCHED)
+
+
+def _low_rank(build: Builder, form: Form) -> Ref:
+    entry, rows, columns = form.entry, form.space.rows[0], form.space.columns[0]
+    diagonal = entry.diagonal
+    assert diagonal is not None
+    args: list[tuple[Ref, Sequence[Label], int]] = []
+    if diagonal.labels:
+        args.append((diagonal, rows, BATCHED))
+        parts = [flat_text([rows])]
+    else:
+        args.append((diagonal, (), BATCHED))
+        parts = ["{0}[:, None]"]
+    lefts, weights, rights = [], [], []
+    symmetric = all(is_symmetric(t, rows, columns) for t in entry.low_rank)
+    for term in entry.low_rank:
+        lefts.append(_side(len(args), len(rows), len(term.rank)))
+        args.append((term.left, (*rows, *term.rank), BATCHED))
+        weights.append(_side(len(args), 0, len(term.rank)))
+        args.append((term.weights, term.rank, BATCHED))
+        if not symmetric:
+            rights.append(_side(len(args), len(columns), len(term.rank)))
+            args.append((term.right, (*columns, *term.rank), BATCHED))
+    for side in (lefts, weights, *([rights] if rights else [])):
+        parts.append(side[0] if len(side) == 1 else f"saddle.beside({', '.join(side)})")
+    return call(build, f"operators.LowRankPlusDiagonal({', '.join(parts)})", args, (), BATCHED)
+
+
+def _side(index: int, axes: int, rank: int) -> str:
+    """Template of a factor (B, m, k) (or of weights (B, k), axes = 0) from its labelled axes."""
+    text = f"{{{index}}}"
+    if rank == 0:
+        text = f"{text}[..., None]"
+    elif rank > 1:
+        text = f"{text}.flatten(-{rank})"
+    return text if axes < 2 else f"{text}.flatten(1, {axes})"
+
+
+def is_symmetric(term: LowRankTerm, rows: Sequence[Label], columns: Sequence[Label]) -> bool:
+    """Whether the right side is the left one."""
+    return term.right.rename(dict(zip(columns, rows, strict=True))) == term.left
+
+
+def rank_of(build: Builder, form: Form) -> int:
+    """Number of columns of the joined low-rank factors."""
+    total = 0
+    for term in form.entry.low_rank:
+        size = 1
+        for k in term.rank:
+            size *= build.labels.sizes[k]
+        total += size
+    return total
+
+
+def meta_operator(build: Builder, form: Form, kind: str, dtype: torch.dtype, batch: int = 1) -> operators.LinearOperator:
+    """An operator of the same shapes without data: what the cost model looks at."""
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.empty(batch, *sizes, dtype=dtype, device="meta")
+
+    size = form.space.size
+    if kind == "scaled-identity" or kind == "zero":
+        return operators.ScaledIdentity(empty(), size)
+    if kind == "diagonal":
+        return operators.Diagonal(empty(size))
+    if kind == "block-diagonal":
+        sizes = form.space.sizes[0]
+        inside = 1
+        for k, s in enumerate(sizes):
+            inside *= 1 if k in form.shared else s
+        return operators.BlockDiagonal(empty(size // inside, inside, inside), tuple(sizes),
+        tuple(sorted(form.shared)))
+    if kind == "low-rank-plus-diagonal":
+        k = rank_of(build, form)
+        entry = form.entry
+        scalar = entry.diagonal is not None and not entry.diagonal.labels
+        return operators.LowRankPlusDiagonal(empty(1 if scalar else size), empty(size, k), empty(k))
+    if kind in ("dense", "block"):
+        return operators.Dense(empty(size, size), symmetric=True)
+    raise Unsupported(f"no operator for the kind {kind}")

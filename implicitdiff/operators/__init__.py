@@ -1,0 +1,29 @@
+"""Structured matrices: what a Hessian, a constraint Jacobian product or a Schur complement is.
+
+In: tensors with the batch axis first. Out: the kinds of the contract, each a frozen dataclass with matvec,
+transpose and to_dense. The package ``solvers`` inverts them. Start reading at ``base.py``.
+"""
+
+from implicitdiff.operators.base import LinearOperator
+from implicitdiff.operators.block import Block
+from implicitdiff.operators.block_diagonal import BlockDiagonal
+from implicitdiff.operators.dense import Dense
+from implicitdiff.operators.diagonal import Diagonal
+from implicitdiff.operators.low_rank import LowRankPlusDiagonal
+from implicitdiff.operators.matrix_free import MatrixFree
+from implicitdiff.operators.samples import select_samples
+from implicitdiff.operators.scaled_identity import ScaledIdentity
+from implicitdiff.operators.zero import Zero
+
+__all__ = [
+    "Block",
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "LinearOperator",
+    "LowRankPlusDiagonal",
+    "MatrixFree",
+    "ScaledIdentity",
+    "Zero",
+    "select_samples",
+]

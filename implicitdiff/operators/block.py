@@ -1,0 +1,150 @@
+"""A grid of blocks: a Schur complement over several constraints, a KKT matrix over several variables.
+
+In: operators on the diagonal, dense tensors or nothing off it, and null vectors that were proved from the
+declared constraints. Out: ``Block``; solvers/schur.py eliminates its diagonal corners. Next file:
+``dense.py``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitdiff.errors import StructureError
+from implicitdiff.operators.base import LinearOperator, check_parameters
+from implicitdiff.operators.products import batched_matvec
+
+
+@dataclass(frozen=True, eq=False)
+class Block(LinearOperator):
+    """A square grid of blocks, with operators on its diagonal.
+
+    Attributes:
+        blocks: the rows of the grid. blocks[i][i] is a LinearOperator of size sizes[i]; blocks[i][j] off the
+            diagonal is a tensor (B or 1, sizes[i], sizes[j]), or None for zero. Both triangles are given; the
+            lower one is normally a transposed view of the upper.
+        sizes: the sizes of the diagonal blocks; m is their sum.
+        null_vectors: vectors (m,), tensors or sequences of numbers, proved to span the kernel of the matrix
+            of each sample. Only for symmetric matrices, whose range is then the orthogonal complement.
+        symmetric: whether the whole matrix is symmetric.
+    """
+
+    blocks: tuple[tuple[Tensor | LinearOperator | None, ...], ...]
+    sizes: tuple[int, ...]
+    null_vectors: tuple[Tensor | Sequence[float], ...] = ()
+    symmetric: bool = True
+    kind: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        number = len(self.sizes)
+        if number == 0 or len(self.blocks) != number or any(len(row) != number for row in self.blocks):
+            raise StructureError(
+                f"{self.kind}: {number} sizes need a grid of as many rows and columns, got rows of lengths "
+                f"{[len(row) for row in self.blocks]}."
+            )
+        for i, size in enumerate(self.sizes):
+            corner = self.blocks[i][i]
+            if not isinstance(corner, LinearOperator) or corner.size != size:
+                raise StructureError(
+                    f"{self.kind}: blocks[{i}][{i}] must be a LinearOperator of size {size}, got {_describe(corner)}."
+                )
+        expected = {f"blocks[{i}][{j}]": (t, (self.sizes[i], self.sizes[j])) for i, j, t in self.couplings}
+        check_parameters(self.kind, expected)
+        batches = {corner.batch for corner in self.corners} | {t.shape[0] for _, _, t in self.couplings}
+        if len(batches - {1}) > 1:
+            raise StructureError(
+                f"{self.kind}: the blocks have batch sizes {sorted(batches)}; give each B, or 1 to share it."
+            )
+        if self.null_vectors and not self.symmetric:
+            raise StructureError(f"{self.kind}: null_vectors are only meant for a symmetric matrix.")
+        # Sequences become tensors once, here; the field is otherwise as it was given.
+        vectors = tuple(torch.as_tensor(v, dtype=self.dtype, device=self.device) for v in self.null_vectors)
+        for vector in vectors:
+            if vector.shape != (self.size,):
+                raise StructureError(
+                    f"{self.kind}: a null vector has shape {tuple(vector.shape)}, expected ({self.size},): it "
+                    "spans all blocks and is the same for all samples."
+                )
+        object.__setattr__(self, "null_vectors", vectors)
+
+    @property
+    def corners(self) -> tuple[LinearOperator, ...]:
+        """The operators on the diagonal of the grid."""
+        corners = (row[i] for i, row in enumerate(self.blocks))
+        return tuple(corner for corner in corners if isinstance(corner, LinearOperator))
+
+    @property
+    def couplings(self) -> tuple[tuple[int, int, Tensor], ...]:
+        """The tensors off the diagonal that are not zero, each with its row and column in the grid."""
+        return tuple(
+            (i, j, block)
+            for i, row in enumerate(self.blocks)
+            for j, block in enumerate(row)
+            if i != j and isinstance(block, Tensor)
+        )
+
+    @property
+    def size(self) -> int:
+        """m, the sum of the sizes."""
+        return sum(self.sizes)
+
+    @property
+    def batch(self) -> int:
+        """B, or 1 where every block is shared."""
+        batches = [corner.batch for corner in self.corners] + [t.shape[0] for _, _, t in self.couplings]
+        return next((batch for batch in batches if batch != 1), 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first corner."""
+        return self.corners[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first corner."""
+        return self.corners[0].device
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each block lies in the flat vector."""
+        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]
+        return tuple(slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True))
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return the product (..., B, m); the sum of the costs of the blocks."""
+        parts = [vector[..., where] for where in self.slices]
+        rows = [corner.matvec(part) for corner, part in zip(self.corners, parts, strict=True)]
+        for i, j, block in self.couplings:
+            rows[i] = rows[i] + batched_matvec(block, parts[j])
+        batch = vector.shape[-2] if self.batch == 1 else self.batch
+        return torch.cat([row.expand(*row.shape[:-2], batch, -1) for row in rows], dim=-1)
+
+    def transpose(self) -> "Block":
+        """Return the transposed grid of transposed blocks; itself where it is symmetric."""
+        if self.symmetric:
+            return self
+        number = range(len(self.sizes))
+        grid: list[list[Tensor | LinearOperator | None]] = [[None for _ in number] for _ in number]
+        for i, corner in enumerate(self.corners):
+            grid[i][i] = corner.transpose()
+        for i, j, block in self.couplings:
+            grid[j][i] = block.mT
+        return Block(tuple(map(tuple, grid)), self.sizes, symmetric=False)
+
+    def to_dense(self) -> Tensor:
+        """Return (B, m, m)."""
+        dense = torch.zeros(self.batch, self.size, self.size, dtype=self.dtype, device=self.device)
+        where = self.slices
+        for i, corner in enumerate(self.corners):
+            dense[:, where[i], where[i]] = corner.to_dense()
+        for i, j, block in self.couplings:
+            dense[:, where[i], where[j]] = block
+        return dense
+
+
+def _describe(block: object) -> str:
+    if isinstance(block, LinearOperator):
+        return f"{block.kind} of size {block.size}"
+    return type(block).__name__

@@ -1,0 +1,230 @@
+"""Is a point a solution? The rule, held against every sample on its own.
+
+A plan, a point and multipliers come in; a `Check` (residuals and a Status per sample) goes out. Next:
+failures.py, which turns it into an error, a warning or a mask, as `on_failure` says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicitdiff.errors import OptionError
+from implicitdiff.plan import Plan, Stationarity
+from implicitdiff.status import Status
+
+# A and its singular values are formed only to name infeasible samples, and not beyond this many entries.
+_DENSE_LIMIT = 1 << 25
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """How far from stationary each sample is; every field has shape (B,).
+
+    Attributes:
+        gradient: |D_u L|_inf.
+        gradient_scale: The largest of the terms that cancel in it.
+        constraint: |h|_inf; 0 without constraints.
+        constraint_scale: The largest of the terms that cancel in it.
+        leaf: Index of the constraint leaf where |h| is largest (int64).
+    """
+
+    gradient: Tensor
+    gradient_scale: Tensor
+    constraint: Tensor
+    constraint_scale: Tensor
+    leaf: Tensor
+
+    @property
+    def violation(self) -> Tensor:
+        """|h|_inf over its scale (B,); 0 where h is exactly 0."""
+        return _relative(self.constraint, self.constraint_scale)
+
+    @property
+    def relative(self) -> Tensor:
+        """The larger of the two relative residuals (B,): optimal means <= tol."""
+        return torch.maximum(_relative(self.gradient, self.gradient_scale), self.violation)
+
+    def pick(self, mask: Tensor, other: "Residuals") -> "Residuals":
+        """These residuals where the mask (B,) is true, `other` elsewhere."""
+        return Residuals(
+            torch.where(mask, self.gradient, other.gradient),
+            torch.where(mask, self.gradient_scale, other.gradient_scale),
+            torch.where(mask, self.constraint, other.constraint),
+            torch.where(mask, self.constraint_scale, other.constraint_scale),
+            torch.where(mask, self.leaf, other.leaf),
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict on a batch: residuals, Status per sample (B,) int8, and the tolerance they were held to."""
+
+    residuals: Residuals
+    status: Tensor
+    tol: float
+
+
+def _relative(size: Tensor, scale: Tensor) -> Tensor:
+    # 0 / 0 is a perfect zero. An infinite or undefined scale would make the rule true of anything: it counts
+    # as 0.
+    scale = torch.where(torch.isfinite(scale), scale, 0)
+    return torch.where(size == 0, size, size / scale)
+
+
+def _largest(leaf: Tensor) -> Tensor:
+    flat = leaf.abs().flatten(1) if leaf.dim() > 1 else leaf.abs()[:, None]
+    return flat.amax(1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
+
+
+def tolerance(dtype: torch.dtype, override: float | None = None) -> float:
+    """The relative tolerance of the optimality rule: sqrt(eps) of the dtype unless overridden.
+
+    Raises:
+        OptionError: The override is not a positive number.
+    """
+    if override is None:
+        return float(torch.finfo(dtype).eps ** 0.5)
+    if not override > 0:
+        raise OptionError(
+            f"optimality_tol must be a positive number, got {override!r}; None means sqrt(eps) of the dtype"
+        )
+    return float(override)
+
+
+def residuals_at(stationarity: Stationarity, variables: Sequence[Tensor]) -> Residuals:
+    """Largest entries of D_u L and h with the scales that the plan gives; no entry is left out.
+
+    Args:
+        stationarity: What `plan.stationarity` returned.
+        variables: Leaves (B, *shape); only their batch size and dtype are read.
+
+    Returns:
+        Residuals; NaN where an entry is NaN.
+    """
+    zero = variables[0].new_zeros(variables[0].shape[0])
+    gradient = _stack_largest(stationarity.gradient, zero)
+    constraint = _stack_largest(stationarity.constraint, zero)
+    return Residuals(
+        gradient.amax(0),
+        stationarity.gradient_scale,
+        constraint.amax(0),
+        stationarity.constraint_scale if stationarity.constraint else zero,
+        constraint.argmax(0),
+    )
+
+
+def _stack_largest(leaves: Sequence[Tensor], zero: Tensor) -> Tensor:
+    return torch.stack([_largest(leaf) for leaf in leaves]) if leaves else zero[None]
+
+
+def measure(
+    plan: Plan, variables: Sequence[Tensor], multipliers: Sequence[Tensor], theta: Sequence[Tensor]
+) -> Residuals:
+    """The residuals of a finished solution.
+
+    An entry of u that underflowed to 0 where the gradient is not finite (u log u at 0) leaves the check: it
+    is at the edge of the domain and no point of this dtype is nearer to the solution. The rest is then
+    measured with that entry set to the smallest positive number, so that the scales are finite too.
+
+    Args:
+        plan: The plan.
+        variables: Leaves (B, *shape).
+        multipliers: Leaves (B, *shape), () without constraints.
+        theta: Inputs and tensors, as the plan takes them.
+
+    Returns:
+        Residuals. Cost: one pass of `plan.stationarity`, two if entries underflowed.
+    """
+    found = plan.stationarity(tuple(variables), tuple(multipliers), tuple(theta))
+    plain = residuals_at(found, variables)
+    lost = [(u == 0) & ~torch.isfinite(g) for u, g in zip(variables, found.gradient, strict=True)]
+    if not any(bool(mask.any()) for mask in lost):
+        return plain
+    touched = torch.stack([mask.reshape(mask.shape[0], -1).any(1) for mask in lost]).any(0)
+    inside = tuple(
+        u.masked_fill(mask, torch.finfo(u.dtype).tiny) for u, mask in zip(variables, lost, strict=True)
+    )
+    again = plan.stationarity(inside, tuple(multipliers), tuple(theta))
+    kept = tuple(g.masked_fill(mask, 0) for g, mask in zip(again.gradient, lost, strict=True))
+    # The scale of the point itself where the plan could give one: that of the substitute has the terms of the
+    # entries that left the check.
+    known = torch.isfinite(found.gradient_scale) & (found.gradient_scale > 0)
+    scale = torch.where(known, found.gradient_scale, again.gradient_scale)
+    mended = Stationarity(kept, scale, again.constraint, again.constraint_scale)
+    return residuals_at(mended, variables).pick(touched, plain)
+
+
+def check(
+    plan: Plan,
+    variables: Sequence[Tensor],
+    multipliers: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    tol: float,
+) -> Check:
+    """Hold a solution to the rule |D_u L|_inf <= tol * (largest term that cancels in it), |h|_inf likewise.
+
+    Args:
+        plan: The plan.
+        variables: Leaves (B, *shape).
+        multipliers: Leaves (B, *shape), () without constraints.
+        theta: Inputs and tensors, as the plan takes them.
+        tol: The relative tolerance, see `tolerance`.
+
+    Returns:
+        Check with OK, NOT_OPTIMAL, INFEASIBLE (the violation cannot be removed to first order: contradicting
+        constraints) or NONFINITE for each sample. A is formed only if some sample violates its constraints.
+    """
+    residuals = measure(plan, variables, multipliers, theta)
+    status = torch.full_like(residuals.gradient, Status.NOT_OPTIMAL, dtype=torch.int8)
+    status[residuals.relative <= tol] = Status.OK
+    violated = residuals.violation > tol
+    if bool(violated.any()):
+        status[violated & irreducible(plan, variables, theta, tol)] = Status.INFEASIBLE
+    finite = torch.stack([torch.isfinite(_largest(leaf)) for leaf in (*variables, *multipliers)]).all(0)
+    status[~finite | ~torch.isfinite(residuals.gradient + residuals.constraint)] = Status.NONFINITE
+    return Check(residuals, status, tol)
+
+
+def irreducible(plan: Plan, variables: Sequence[Tensor], theta: Sequence[Tensor], tol: float) -> Tensor:
+    """Where no step can remove the violation of the constraints, to first order (B,) bool.
+
+    |(I - A A^+) h| is the smallest |h + A d| over all steps d, so for linear constraints this proves that
+    they contradict each other. Singular values so small that only a step of 1e5 (1 + |u|) would use them
+    count as zero, which covers nonlinear constraints at the point nearest to feasible (|u|^2 + 1 = 0 near u =
+    0).
+
+    Args:
+        plan: The plan.
+        variables: Leaves (B, *shape).
+        theta: Inputs and tensors.
+        tol: The tolerance of the rule.
+
+    Returns:
+        bool (B,); all False beyond 2^25 entries of A, where nothing is computed. Cost: one dense A and its
+        SVD.
+    """
+    none = torch.zeros(variables[0].shape[0], dtype=torch.bool, device=variables[0].device)
+    zero = tuple(u.new_zeros((u.shape[0], *shape)) for u in variables[:1] for shape in _equality_shapes(plan))
+    found = plan.stationarity(tuple(variables), zero, tuple(theta))
+    h = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in found.constraint], dim=1)
+    if h.shape[0] * h.shape[1] * sum(u[0].numel() for u in variables) > _DENSE_LIMIT:
+        return none
+    jacobian = plan.constraint_jacobian(tuple(variables), tuple(theta))
+    usable = torch.isfinite(jacobian).all(2).all(1) & torch.isfinite(h).all(1)
+    jacobian = torch.where(
+        usable[:, None, None], jacobian, 0
+    )  # the SVD of a batch raises if one matrix has a NaN
+    left, values, _ = torch.linalg.svd(jacobian, full_matrices=False)
+    reach = 1 + torch.stack([_largest(u) for u in variables]).amax(0)
+    size = h.abs().amax(1)
+    eps = torch.finfo(h.dtype).eps
+    smallest = torch.maximum(values.amax(1) * eps * max(jacobian.shape[1:]), 1e-5 * size / reach)
+    left = left * (values > smallest[:, None])[:, None, :]
+    rest = h - (left @ (left.mT @ h[..., None]))[..., 0]
+    return usable & (_relative(rest.abs().amax(1), found.constraint_scale) > tol)
+
+
+def _equality_shapes(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    return tuple(plan.trace.equality.output_shapes) if plan.trace.equality is not None else ()

@@ -1,0 +1,180 @@
+"""The points that an optimizer visits, flattened: (batch, m) variables and (batch, p) multipliers.
+
+A `System` (a plan with its inputs) comes in and evaluates points and Newton steps; the leaves of the plan are
+packed and unpacked here and nowhere else. Next: newton.py walks, restoration.py mends what a walk downhill
+cannot.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from implicitdiff.optimality import residuals_at
+from implicitdiff.plan import Plan
+
+Leaves = tuple[Tensor, ...]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def pack(leaves: Sequence[Tensor], batch: int, like: Tensor) -> Tensor:
+    """Leaves (batch, *shape) side by side as one matrix (batch, total); no leaves: (batch, 0)."""
+    if not leaves:
+        return like.new_zeros((batch, 0))
+    return torch.cat([leaf.reshape(batch, math.prod(leaf.shape[1:])) for leaf in leaves], dim=1)
+
+
+def unpack(flat: Tensor, shapes: Shapes) -> Leaves:
+    """The inverse of `pack`; leading axes before the last are kept, so (R, batch, m) works too."""
+    pieces = torch.split(flat, [math.prod(shape) for shape in shapes], dim=-1) if shapes else ()
+    return tuple(
+        piece.reshape(*flat.shape[:-1], *shape).contiguous()
+        for piece, shape in zip(pieces, shapes, strict=True)
+    )
+
+
+def largest(flat: Tensor) -> Tensor:
+    """The largest absolute value in each row (B,); 0 for a row without entries."""
+    return flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row inner products (B,)."""
+    return (left * right).sum(1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where every sample stands. All tensors carry the batch axis first.
+
+    Attributes:
+        u: Variables (B, m).
+        multipliers: lambda (B, p).
+        value: Objective (B,).
+        gradient: D_u L (B, m).
+        constraint: h (B, p).
+        residual: Relative residual (B,): the larger of |D_u L| and |h|, each over the terms that cancel in
+            it.
+        violation: The relative residual of h alone (B,).
+        finite: Whether everything above is finite (B,).
+    """
+
+    u: Tensor
+    multipliers: Tensor
+    value: Tensor
+    gradient: Tensor
+    constraint: Tensor
+    residual: Tensor
+    violation: Tensor
+    finite: Tensor
+
+    def where(self, mask: Tensor, other: "Point") -> "Point":
+        """This point where `mask` (B,) is true, `other` elsewhere; no arithmetic, so bits are kept."""
+        chosen = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            chosen[field.name] = torch.where(mask.reshape(-1, *([1] * (mine.dim() - 1))), mine, theirs)
+        return Point(**chosen)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where an optimizer stopped.
+
+    Attributes:
+        point: The last point of every sample.
+        iterations: Accepted steps (B,) int64.
+    """
+
+    point: Point
+    iterations: Tensor
+
+
+@dataclass(frozen=True)
+class System:
+    """One plan with its inputs: evaluates points and Newton steps in flat form."""
+
+    plan: Plan
+    theta: Leaves
+    variable_shapes: Shapes
+    constraint_shapes: Shapes
+
+    @staticmethod
+    def of(plan: Plan, theta: Sequence[Tensor]) -> "System":
+        """The system of a plan; shapes are those of its trace."""
+        equality = plan.trace.equality
+        return System(
+            plan,
+            tuple(theta),
+            tuple(tuple(placeholder.shape) for placeholder in plan.trace.variables),
+            tuple(tuple(shape) for shape in equality.output_shapes) if equality is not None else (),
+        )
+
+    @property
+    def constraints(self) -> int:
+        """p, the number of constraints of one sample."""
+        return sum(math.prod(shape) for shape in self.constraint_shapes)
+
+    def leaves(self, u: Tensor, multipliers: Tensor) -> tuple[Leaves, Leaves]:
+        """Variables and multipliers as the plan takes them."""
+        return unpack(u, self.variable_shapes), unpack(multipliers, self.constraint_shapes)
+
+    def evaluate(self, u: Tensor, multipliers: Tensor) -> Point:
+        """f, D_u L, h and the relative residuals at u (B, m), multipliers (B, p): two passes of the plan."""
+        variables, lam = self.leaves(u, multipliers)
+        value = self.plan.value(variables, self.theta)
+        stationarity = self.plan.stationarity(variables, lam, self.theta)
+        measured = residuals_at(stationarity, variables)
+        gradient = pack(stationarity.gradient, u.shape[0], u)
+        constraint = pack(stationarity.constraint, u.shape[0], u)
+        everything = torch.cat([u, multipliers, value[:, None], gradient, constraint], dim=1)
+        return Point(
+            u,
+            multipliers,
+            value,
+            gradient,
+            constraint,
+            measured.relative,
+            measured.violation,
+            torch.isfinite(everything).all(1),
+        )
+
+    def estimate_multipliers(self, u: Tensor) -> Tensor:
+        """Least-squares multipliers, A'lambda = D_u f, as (B, p); 0 where they are not finite."""
+        if not self.constraint_shapes:
+            return u.new_zeros((u.shape[0], 0))
+        estimate = pack(self.plan.multipliers(unpack(u, self.variable_shapes), self.theta), u.shape[0], u)
+        return torch.where(torch.isfinite(estimate).all(1, keepdim=True), estimate, 0)
+
+    def solve(
+        self, point: Point, top: Tensor, bottom: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(w, s, status) with [[H + shift I, -A'], [-A, 0]] (w, s) = (top, bottom), everything flat."""
+        variables, lam = self.leaves(point.u, point.multipliers)
+        w, s, status = self.plan.kkt_solve(
+            variables,
+            lam,
+            self.theta,
+            unpack(top[None], self.variable_shapes),
+            unpack(bottom[None], self.constraint_shapes),
+            shift=shift,
+        )
+        batch = point.u.shape[0]
+        return (
+            pack([leaf[0] for leaf in w], batch, point.u),
+            pack([leaf[0] for leaf in s], batch, point.u),
+            status,
+        )
+
+
+class Optimizer(Protocol):
+    """What `optimizer=` of the layer takes; frozen, so that one may serve several layers and threads."""
+
+    def minimize(self, system: System, start: Tensor, tol: float) -> Outcome:
+        """Improve the start points (B, m), B > 0, until each is optimal within tol, or cannot be improved.
+
+        No judgement is made here: the caller holds the points against the optimality rule.
+        """

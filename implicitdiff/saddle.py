@@ -1,0 +1,107 @@
+"""KKT systems solved with numbers: where the symbols of H and A end in one matrix each.
+
+In: a factorisation of H, or H itself, and A as tensors. Out: objects with `solve` and `status`. The range-space formula
+is `kkt.range_space`, shared with the symbolic route. Next file: `structured.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from implicitdiff import operators, solvers
+from implicitdiff.kkt import Steps, range_space
+from implicitdiff.solvers.base import Factorization
+from implicitdiff.status import Status
+
+
+def matrix(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    """The last `rows + columns` axes of `tensor` as one row and one column axis."""
+    lead = tensor.shape[: tensor.dim() - rows - columns]
+    split = tensor.dim() - columns
+    m = tensor.shape[len(lead) : split].numel()
+    return tensor.reshape(*lead, m, tensor.shape[split:].numel())
+
+
+def with_diagonal(dense: Tensor, diagonal: Tensor) -> Tensor:
+    """dense + diag(diagonal), in the buffer of `dense` where that is the whole result's own."""
+    batch = max(dense.shape[0], diagonal.shape[0])
+    out = dense.clone() if dense.shape[0] == batch else dense.expand(batch, -1, -1).clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    return out
+
+
+def grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Blocks (B or 1, ., .) joined to one matrix (B, ., .)."""
+    batch = max(block.shape[0] for row in rows for block in row)
+    return torch.cat([torch.cat([b.expand(batch, -1, -1) for b in row], dim=-1) for row in rows], dim=-2)
+
+
+def merged(*status: Tensor) -> Tensor:
+    """One verdict per sample from several: the first that is not OK."""
+    batch = max(s.shape[0] for s in status)
+    out = status[0].expand(batch)
+    for other in status[1:]:
+        out = torch.where(out == Status.OK, other.expand(batch), out)
+    return out
+
+
+def largest(like: Tensor, *tensors: Tensor) -> Tensor:
+    """max |entry| of each sample over several tensors (B or no batch axis ... ), (B,)."""
+    out = like.new_zeros(like.shape[:1])
+    for tensor in tensors:
+        out = torch.maximum(out, tensor.abs().flatten(1).amax(1) if tensor.numel() else out)
+    return out
+
+
+class RangeSpace:
+    """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves."""
+
+    def __init__(self, factor: Factorization, jacobian: Tensor) -> None:
+        self.factor, self.jacobian = factor, jacobian
+        transposed = jacobian.transpose(0, 1)
+        inverse = factor.solve(transposed)
+        schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
+        self.schur = solvers.Cholesky().factor(operators.Dense((schur + schur.mT) / 2, symmetric=True))
+        self.status = merged(factor.status, self.schur.status)
+
+    def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(w, s) with H w - A's = a and -A w = b, for a (..., B, m), b (..., B, p)."""
+        steps = Steps(
+            inverse=self.factor.solve,
+            constrain=lambda x: (self.jacobian @ x[..., None])[..., 0],
+            spread=lambda y: (y[..., None, :] @ self.jacobian)[..., 0, :],
+            schur=self.schur.solve,
+            add=torch.add,
+            negate=torch.neg,
+        )
+        return range_space(steps, a, b)
+
+
+class FullKKT:
+    """K = [[H, -A'], [-A, 0]] factored as one matrix: for singular H; dependent constraints by the pseudo-inverse."""
+
+    def __init__(self, hessian: Tensor, jacobian: Tensor) -> None:
+        batch = max(hessian.shape[0], jacobian.shape[0])
+        p = jacobian.shape[-2]
+        self.size = hessian.shape[-1]
+        corner = hessian.new_zeros(batch, p, p)
+        whole = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
+        operator = operators.Dense(whole, symmetric=True)
+        self.factor = solvers.LU().factor(operator)
+        if bool((self.factor.status == Status.SINGULAR).any()):
+            self.factor = solvers.Eigh().factor(operator)
+        self.status = self.factor.status
+
+    def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(w, s) with H w - A's = a and -A w = b."""
+        out = self.factor.solve(torch.cat([a, b], dim=-1))
+        return out[..., : self.size], out[..., self.size :]
+
+
+def beside(*tensors: Tensor) -> Tensor:
+    """Tensors joined along the last axis, batch axes broadcast."""
+    batch = max(t.shape[0] for t in tensors)
+    return torch.cat([t.expand(batch, *t.shape[1:]) for t in tensors], dim=-1)

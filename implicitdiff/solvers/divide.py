@@ -1,0 +1,83 @@
+"""Division by the diagonal.
+
+In: a diagonal matrix, or a multiple of the identity. Out: ``Divide``. Next file: ``pseudo_inverse.py``.
+"""
+
+from functools import singledispatch
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitdiff.operators import Diagonal, LinearOperator, ScaledIdentity, Zero
+from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
+from implicitdiff.status import Status
+
+
+@singledispatch
+def diagonal_entries(operator: LinearOperator) -> Tensor | None:
+    """Return the diagonal (B or 1, m or 1) of a matrix whose kind says that it is diagonal, else None."""
+    return None
+
+
+@diagonal_entries.register
+def _of_zero(operator: Zero) -> Tensor:
+    return torch.zeros(operator.batch, 1, dtype=operator.dtype, device=operator.device)
+
+
+@diagonal_entries.register
+def _of_scaled_identity(operator: ScaledIdentity) -> Tensor:
+    return operator.scale[:, None]
+
+
+@diagonal_entries.register
+def _of_diagonal(operator: Diagonal) -> Tensor:
+    return operator.diagonal
+
+
+def unusable(diagonal: Tensor) -> Tensor:
+    """Return where the entries cannot be divided by: zero, infinite or NaN."""
+    return ~torch.isfinite(diagonal) | (diagonal == 0)
+
+
+class DiagonalFactorization(Factorization):
+    """x_i = b_i / d_i.
+
+    A sample with a zero, infinite or NaN entry is SINGULAR. Its answer is what the division gives, except
+    that 0 / 0 is 0: for a consistent right-hand side that is the answer of least norm, else inf or NaN.
+    """
+
+    def __init__(self, diagonal: Tensor) -> None:
+        """Keep the diagonal, (B, m) or (B, 1)."""
+        bad = unusable(diagonal).any(-1)
+        self._diagonal = diagonal
+        self._has_bad = bool(bad.any())
+        self.status = torch.where(bad, int(Status.SINGULAR), int(Status.OK)).to(torch.int8)
+        self.definite = (diagonal > 0).all(-1) & ~bad
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Return rhs / d, (..., B, m)."""
+        solution = rhs / self._diagonal
+        return torch.where(rhs == 0, 0.0, solution) if self._has_bad else solution
+
+
+class Divide(LinearSolver):
+    """x_i = b_i / d_i: m divisions, no factorisation."""
+
+    name: ClassVar[str] = "divide"
+
+    def reject(self, operator: LinearOperator) -> str | None:
+        """Refuse every kind that is not diagonal."""
+        if isinstance(operator, Zero | ScaledIdentity | Diagonal):
+            return None
+        return f"the matrix is {operator.kind}, not diagonal"
+
+    def cost(self, operator: LinearOperator) -> Cost:
+        """M flops, three vectors of m moved, one made."""
+        entries = operator.batch * operator.size
+        return Cost(entries, 3 * entries * operator.dtype.itemsize, entries * operator.dtype.itemsize)
+
+    def _factor(self, operator: LinearOperator) -> DiagonalFactorization:
+        diagonal = diagonal_entries(operator)
+        assert diagonal is not None  # reject() lets diagonal kinds pass only
+        return DiagonalFactorization(diagonal)

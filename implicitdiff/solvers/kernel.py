@@ -1,0 +1,83 @@
+"""Null vectors that were proved: removed from right-hand sides and answers, lifted out of a singular matrix.
+
+In: the null vectors of a ``Block``. Out: ``Kernel``. Next file: ``schur.py``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from implicitdiff.operators import Block, LinearOperator
+from implicitdiff.solvers.base import Factorization
+
+
+class Kernel:
+    """An orthonormal basis Q (m, q) of the kernel of a symmetric matrix, the same for all samples.
+
+    The range is the complement of the kernel, so a projection off Q makes a right-hand side consistent and an
+    answer one of least norm.
+    """
+
+    def __init__(self, basis: Tensor) -> None:
+        """Orthonormalise the columns of ``basis`` (m, q)."""
+        self._basis = torch.linalg.qr(basis)[0]
+
+    @classmethod
+    def of(cls, operator: LinearOperator) -> "Kernel | None":
+        """Return the proved kernel of an operator, None where nothing was proved."""
+        if not isinstance(operator, Block) or not operator.null_vectors:
+            return None
+        return cls(torch.stack([torch.as_tensor(vector) for vector in operator.null_vectors], dim=-1))
+
+    def restrict(self, places: Tensor) -> "Kernel":
+        """Return the kernel spanned by the given entries of the null vectors alone."""
+        return Kernel(self._basis[places])
+
+    def project(self, vector: Tensor) -> Tensor:
+        """Return the vector (..., m) without its part in the kernel; 4 m q flops."""
+        return vector - (vector @ self._basis) @ self._basis.mT
+
+    def deflate_(self, matrix: Tensor, lift: Tensor) -> None:
+        """Add lift Q Q' to the matrix (B, m, m) in place, lift (B,): its eigenvalue 0 becomes lift.
+
+        Deflating keeps all rows, where dropping one of the dependent rows would single out a variable;
+        measured on transport problems it has about an eighth of the error.
+        """
+        scaled = self._basis * lift[:, None, None]
+        matrix.baddbmm_(scaled, self._basis.mT.expand(len(matrix), -1, -1))
+
+    def diagonal(self, lift: Tensor) -> Tensor:
+        """Return the diagonal of lift Q Q', (B, m)."""
+        return lift[:, None] * self._basis.square().sum(-1)
+
+
+class ProjectedFactorization(Factorization):
+    """A factorisation of A + lift Q Q', used as A^+: projections before and after it."""
+
+    def __init__(self, inner: Factorization, kernel: Kernel) -> None:
+        """Take over status and definiteness, which now speak of the complement of the kernel."""
+        self._inner = inner
+        self._kernel = kernel
+        self.status = inner.status
+        self.definite = inner.definite
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Return the answer of least norm to the nearest consistent right-hand side, (..., B, m)."""
+        return self._kernel.project(self._inner.solve(self._kernel.project(rhs)))
+
+
+def factor_off_kernel(operator: LinearOperator, factor: Callable[[Tensor], Factorization]) -> Factorization:
+    """Factor the dense twin of an operator, lifted along the null vectors that the operator states.
+
+    Args:
+        operator: the operator.
+        factor: factors a matrix (B, m, m).
+    """
+    matrix = operator.to_dense()
+    kernel = Kernel.of(operator)
+    if kernel is None:
+        return factor(matrix)
+    lift = matrix.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
+    kernel.deflate_(matrix, torch.where(lift > 0, lift, 1.0))
+    return ProjectedFactorization(factor(matrix), kernel)

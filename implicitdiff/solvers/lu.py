@@ -1,0 +1,54 @@
+"""LU with partial pivoting: any square matrix, symmetric or not, definite or not.
+
+In: an operator that can be written down. Out: ``LU``, ``LUFactorization``. Next file: ``ldl.py``.
+"""
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicitdiff.operators import LinearOperator
+from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
+from implicitdiff.solvers.formation import dense_rejection, formation_cost
+from implicitdiff.solvers.kernel import factor_off_kernel
+from implicitdiff.solvers.scaled import ScaledFactorization
+
+
+class LUFactorization(ScaledFactorization):
+    """P R A C = L U."""
+
+    def _factor_scaled(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        self._lu, self._pivots, info = torch.linalg.lu_factor_ex(scaled)
+        pivots = self._lu.diagonal(dim1=-2, dim2=-1).abs()
+        if pivots.numel() == 0:
+            return pivots.sum(-1), info > 0
+        # The scaled entries are at most about 1, so pivots are measured against 1 at least.
+        return pivots.amin(-1) / pivots.amax(-1).clamp(min=1), info > 0
+
+    def _solve_scaled(self, columns: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(self._lu, self._pivots, columns)
+
+    def _solve_scaled_transposed(self, columns: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(self._lu, self._pivots, columns, adjoint=True)
+
+
+class LU(LinearSolver):
+    """A x = b by P A = L U. Needs nothing of the matrix; twice the work of Cholesky."""
+
+    name: ClassVar[str] = "lu"
+
+    def reject(self, operator: LinearOperator) -> str | None:
+        """Refuse what cannot be written down."""
+        return dense_rejection(operator, symmetric=False)
+
+    def cost(self, operator: LinearOperator) -> Cost:
+        """2/3 m^3 flops to factor, 2 m^2 to solve; a scaled copy and the factor."""
+        size, item = operator.size, operator.dtype.itemsize
+        entries = operator.batch * size * size
+        own = Cost(entries * (2 * size + 9) // 3, 7 * entries * item, 2 * entries * item)
+        return formation_cost(operator) + own
+
+    def _factor(self, operator: LinearOperator) -> Factorization:
+        return factor_off_kernel(operator, partial(LUFactorization, symmetric=operator.symmetric))

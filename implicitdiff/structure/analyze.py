@@ -1,0 +1,168 @@
+"""From labelled terms to a kind of matrix: a statement about the declared functions, never about sizes.
+
+In: `Contribution`s (a term of H or S: labels of its rows and columns, factors, summed labels). Out: a `Form`. A label that
+rows and columns share is a delta: all shared is diagonal, the same axes shared by every term is block-diagonal, factors
+that split into a row side and a column side are a low-rank term. Next file: `dependence.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from implicitdiff.graph.build import Builder
+from implicitdiff.graph.ir import Label, Ref
+from implicitdiff.structure.forms import Entry, Form, LowRankTerm, Space
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """sum over `summed` of the product of `factors`, from block `block[0]` (axes `rows`) to `block[1]` (axes `columns`)."""
+
+    block: tuple[int, int]
+    rows: tuple[Label, ...]
+    columns: tuple[Label, ...]
+    factors: tuple[Ref, ...]
+    summed: tuple[Label, ...]
+
+
+@dataclass
+class _Parts:
+    diagonal: list[Ref]
+    partial: dict[frozenset[int], list[Ref]]
+    low_rank: list[LowRankTerm]
+    dense: list[Ref]
+
+
+def entry_of(build: Builder, space: Space, block: tuple[int, int], terms: Sequence[Contribution]) -> Entry:
+    """Sorts the terms of one block into its parts, in the space's own labels."""
+    parts = _Parts([], {}, [], [])
+    for term in terms:
+        _place(build, space, block, term, parts)
+    diagonal = build.plus(*parts.diagonal) if parts.diagonal else None
+    if diagonal is not None and build.is_zero(diagonal):
+        diagonal = None
+    partial = tuple((axes, build.plus(*refs)) for axes, refs in sorted(parts.partial.items(), key=lambda p: sorted(p[0])))
+    dense = build.plus(*parts.dense) if parts.dense else None
+    return Entry(diagonal, tuple(p for p in partial if not build.is_zero(p[1])), _merged(build, parts.low_rank),
+                 () if dense is None or build.is_zero(dense) else (dense,))
+
+
+def _place(build: Builder, space: Space, block: tuple[int, int], term: Contribution, parts: _Parts) -> None:
+    rows, columns = space.rows[block[0]], space.columns[block[1]]
+    names: dict[Label, Label] = dict(zip(term.rows, rows, strict=True))
+    shared: set[int] = set()
+    extra: list[Ref] = []
+    for position, label in enumerate(term.columns):
+        if label not in term.rows:
+            names[label] = columns[position]
+        elif block[0] == block[1] and term.rows.index(label) == position:
+            shared.add(position)
+        else:
+            # a delta between different axes: written out as an identity matrix
+            extra.append(build.eye(names[label], columns[position]))
+    product = build.times(*(f.rename(names) for f in term.factors))
+    if build.is_zero(product):
+        return
+    if not extra and len(shared) == len(columns) and block[0] == block[1]:
+        parts.diagonal.append(build.con(product, term.summed))
+    elif extra:
+        parts.dense.append(_with_deltas(build, build.times(build.con(product, term.summed), *extra), rows, columns, shared))
+    elif shared:
+        parts.partial.setdefault(frozenset(shared), []).append(build.con(product, term.summed))
+    else:
+        found = _separate(build, product, set(rows), set(columns), term.summed)
+        if found is None:
+            parts.dense.append(build.con(product, term.summed))
+        else:
+            parts.low_rank.append(found)
+
+
+def _with_deltas(build: Builder, ref: Ref, rows: Sequence[Label], columns: Sequence[Label], shared: set[int]) -> Ref:
+    return build.times(ref, *(build.eye(rows[k], columns[k]) for k in sorted(shared)))
+
+
+def _separate(build: Builder, product: Ref, rows: set[Label], columns: set[Label], summed: Sequence[Label]) -> LowRankTerm | None:
+    """product = left * weights * right with no factor on both sides, or None."""
+    coefficient, factors = build.split(product)
+    left = [f for f in factors if rows & set(f[0].labels)]
+    right = [f for f in factors if columns & set(f[0].labels)]
+    if any(f in right for f in left):
+        return None
+    middle = [f for f in factors if f not in left and f not in right]
+    sides = [{k for f in side for k in f[0].labels} for side in (left, right)]
+    rank = [k for k in summed if k in sides[0] and k in sides[1]]
+    inner = {k for f in middle for k in f[0].labels}
+    for k in summed:
+        # a label on one side and in the weights ties them together: it counts for the rank as well
+        if k not in rank and k in inner and (k in sides[0] or k in sides[1]):
+            rank.append(k)
+    left_ref = build.con(build.mul(left), [k for k in summed if k in sides[0] and k not in rank])
+    right_ref = build.con(build.mul(right), [k for k in summed if k in sides[1] and k not in rank])
+    nowhere = [k for k in summed if k not in sides[0] and k not in sides[1]]
+    weights = build.con(build.mul(middle, coefficient), nowhere)
+    # coefficients that the sums gave to a side belong to the weights, so that the sides stay plain inputs
+    for_weights = []
+    sides_out = []
+    for ref in (left_ref, right_ref):
+        scale, inside = build.split(ref)
+        labelled = [f for f in inside if f[0].labels]
+        for_weights.append(build.mul([f for f in inside if not f[0].labels], scale))
+        sides_out.append(build.mul(labelled))
+    return LowRankTerm(sides_out[0], build.times(weights, *for_weights), sides_out[1], tuple(rank))
+
+
+def _merged(build: Builder, terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, ...]:
+    """Terms with the same sides become one."""
+    out: list[LowRankTerm] = []
+    for term in terms:
+        for k, known in enumerate(out):
+            names = dict(zip(term.rank, known.rank, strict=False))
+            if (len(term.rank) == len(known.rank)
+                    and [build.labels.sizes[a] for a in term.rank] == [build.labels.sizes[a] for a in known.rank]
+                    and term.left.rename(names) == known.left and term.right.rename(names) == known.right):
+                weights = build.plus(known.weights, term.weights.rename(names))
+                out[k] = LowRankTerm(known.left, weights, known.right, known.rank)
+                break
+        else:
+            out.append(term)
+    return tuple(t for t in out if not build.is_zero(t.weights))
+
+
+def classify(build: Builder, space: Space, terms: Sequence[Contribution]) -> Form:
+    """The kind of the symmetric matrix that the terms make, the first true one in the contract's order."""
+    count = len(space.names)
+    grid = tuple(
+        tuple(entry_of(build, space, (a, b), [t for t in terms if t.block == (a, b)]) for b in range(count))
+        for a in range(count)
+    )
+    if all(e.empty for row in grid for e in row):
+        return Form(space, grid, "zero", "no term depends on two derivatives by the variables")
+    coupled = any(not grid[a][b].empty for a in range(count) for b in range(count) if a != b)
+    if not coupled and all(grid[k][k].is_diagonal for k in range(count)):
+        scalars = {grid[k][k].diagonal for k in range(count)}
+        if len(scalars) == 1 and not next(iter(scalars)).labels:  # type: ignore[union-attr]
+            return Form(space, grid, "scaled-identity", "every term ties all axes, with one coefficient for all entries")
+        return Form(space, grid, "diagonal", "every term ties all axes of the variable to themselves")
+    if count > 1:
+        reason = "several variables, coupled" if coupled else "several variables, not coupled: one matrix each"
+        return Form(space, grid, "block", reason)
+    return _single(build, space, grid)
+
+
+def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -> Form:
+    entry = grid[0][0]
+    ties = [axes for axes, _ in entry.partial]
+    if ties and not entry.low_rank and not entry.dense:
+        common = frozenset.intersection(*ties)
+        if common:
+            return Form(space, grid, "block-diagonal",
+                        f"every term ties axis {', '.join(map(str, sorted(common)))} of the variable to itself", common)
+    if entry.dense:
+        return Form(space, grid, "dense", "a factor depends on rows and columns at once")
+    if entry.partial:
+        return Form(space, grid, "dense", "terms tie different axes")
+    rank = " + ".join("1" if not t.rank else "*".join(str(build.labels.sizes[k]) for k in t.rank) for t in entry.low_rank)
+    if entry.diagonal is None:
+        return Form(space, grid, "dense", f"a product form of rank {rank} without a diagonal part")
+    return Form(space, grid, "low-rank-plus-diagonal", f"a diagonal part, and terms that split into a row and a column side: rank {rank}")

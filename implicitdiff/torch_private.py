@@ -1,0 +1,109 @@
+"""Every private or experimental torch name the library uses, behind one door.
+
+Nothing comes in; plain functions and classes go out, so that a torch release which moves a name is mended
+here alone. Written against torch 2.13; the same names exist in 2.6. Next file to read: ``pytrees.py``.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "clean_context",
+    "current_graph",
+    "first_entry",
+    "has_tangent",
+    "is_fake",
+    "is_wrapped",
+    "make_fx",
+    "nested_forward_mode",
+    "pytree",
+    "tangent_free",
+]
+
+
+@contextlib.contextmanager
+def clean_context() -> Iterator[None]:
+    """Run the body as if the caller were plain eager code.
+
+    Inside, no dispatch mode (fake, proxy, user meters), no functorch level (vmap, grad, jvp), no inference
+    mode and no autocast is active; all of it comes back at the exit, also after an exception. Grad mode is
+    left alone.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(_disable_current_modes())
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def current_graph() -> torch.fx.Graph | None:
+    """The graph that the innermost ``make_fx`` writes into, None outside of one or while it is disabled."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return None
+    graph = mode.tracer.graph
+    return graph if isinstance(graph, torch.fx.Graph) else None
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a functorch wrapper (inside vmap, grad, jvp), so without readable data."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has a shape but no data: on the meta device, or a fake tensor."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+@contextlib.contextmanager
+def nested_forward_mode() -> Iterator[None]:
+    """Switch forward AD on inside the ``jvp`` of an autograd.Function, which torch runs with it switched off.
+
+    Without it, forward over forward through any Function is silently zero. The saved tensors have to be
+    stripped of their level-0 tangents first, see ``tangent_free``.
+    """
+    enable: Callable[[bool], Any] = torch.autograd.forward_ad._set_fwd_grad_enabled
+    with enable(True):
+        yield
+
+
+def tangent_free(tensor: torch.Tensor) -> torch.Tensor:
+    """The primal of a dual tensor at level 0, the tensor itself if it has no tangent there."""
+    return torch.autograd.forward_ad.unpack_dual(tensor, level=0).primal
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether the tensor carries a forward-mode tangent at the current dual level; False outside of one."""
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def first_entry(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor of the same shape without functorch wrappers: of each vmapped axis the first entry, no history."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        dim = functorch.maybe_get_bdim(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+        if dim >= 0:
+            tensor = tensor.select(dim, 0)
+    return tensor.detach()

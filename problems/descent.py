@@ -1,0 +1,197 @@
+"""Minimises sum_j rho(|u - x_j|^2) over u for a batch: reweighted means, then safeguarded Newton steps.
+
+Points x (batch, m, n) and start points come in, a `Descent` goes out: u, its value, and per sample how near
+to stationary it is. Called by `robust_pooling.py`. All are torch operations without writes in place: it can
+be unrolled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .penalties import Rho, slope, slopes
+
+REWEIGHTED_STEPS = 30
+NEWTON_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A point per sample, with what is known there; the leading axes `...` are those of the samples.
+
+    Attributes:
+        u: The point (..., m).
+        gradient: The gradient of the objective (..., m).
+        value: The objective (...).
+        weight: sum_j kappa_1 (...): the gradient divided by it is the reweighted step.
+        residual: |gradient|_inf, less what the spacing of the numbers around u makes of it, divided by the
+            largest term that cancels in it (...); 0 where nothing is left.
+    """
+
+    u: Tensor
+    gradient: Tensor
+    value: Tensor
+    weight: Tensor
+    residual: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Descent":
+        """The same change of the leading axes, applied to every field."""
+        return Descent(
+            change(self.u),
+            change(self.gradient),
+            change(self.value),
+            change(self.weight),
+            change(self.residual),
+        )
+
+    def where(self, mask: Tensor, other: "Descent") -> "Descent":
+        """This point where the mask (...) is true, the other one elsewhere."""
+        return Descent(
+            torch.where(mask[..., None], self.u, other.u),
+            torch.where(mask[..., None], self.gradient, other.gradient),
+            torch.where(mask, self.value, other.value),
+            torch.where(mask, self.weight, other.weight),
+            torch.where(mask, self.residual, other.residual),
+        )
+
+    def scattered(self, places: tuple[Tensor, ...], into: "Descent") -> "Descent":
+        """`into` with its samples at these places replaced by the samples here."""
+        return Descent(
+            into.u.index_put(places, self.u),
+            into.gradient.index_put(places, self.gradient),
+            into.value.index_put(places, self.value),
+            into.weight.index_put(places, self.weight),
+            into.residual.index_put(places, self.residual),
+        )
+
+    def reweighted(self, fraction: float = 1.0) -> Tensor:
+        """The mean of the points weighted by kappa_1, or a fraction of the way to it; (..., m)."""
+        pulled = self.weight > 0  # false where every weight underflowed: no point pulls
+        step = self.gradient / torch.where(pulled, self.weight, 1)[..., None]
+        return self.u - fraction * torch.where(pulled[..., None], step, 0)
+
+    def not_worse(self, other: "Descent") -> Tensor:
+        """Where the value is lower than the other's or, as far as rounding shows, no higher and the residual
+        smaller.
+
+        A difference of values below their rounding error says nothing (alpha^2 (sqrt(1 + s / alpha^2) - 1)
+        loses all digits at large alpha). Then the trapezoidal rule over the step, (g + g')'(u' - u) / 2,
+        tells the sign.
+        """
+        noise = 32 * torch.finfo(other.value.dtype).eps * other.value.abs()
+        downhill = ((self.gradient + other.gradient) * (self.u - other.u)).sum(-1) <= 0
+        no_higher = (self.value <= other.value + noise) | downhill
+        return (self.value < other.value - noise) | (no_higher & (self.residual < other.residual))
+
+
+def tightness(x: Tensor) -> float:
+    """The residual that rounding allows: the gradient is a sum of n rounded terms."""
+    eps = float(torch.finfo(x.dtype).eps)
+    return min(eps * (16 + 16 * x.shape[-1] ** 0.5), 0.25 * eps**0.5)
+
+
+def evaluate(rho: Rho, x: Tensor, alpha: Tensor, u: Tensor) -> Descent:
+    """Value, gradient and weight at u (..., m), for x (..., m, n) and alpha broadcasting to (..., n)."""
+    difference = u[..., None] - x
+    s = difference.square().sum(-2)
+    value, first = slope(rho, s, alpha)
+    kappa = 2 * first
+    gradient = (kappa[..., None, :] @ difference.mT)[..., 0, :]
+    weight = kappa.sum(-1)
+    return Descent(
+        u, gradient, value.sum(-1), weight, _residual(*(t.detach() for t in (u, gradient, weight, kappa, s)))
+    )
+
+
+def _residual(u: Tensor, gradient: Tensor, weight: Tensor, kappa: Tensor, s: Tensor) -> Tensor:
+    # The largest entry of kappa_1 (u - x_j) is at least its length over sqrt(m): a bound without a pass over
+    # x.
+    scale = (kappa.abs() * s.sqrt()).amax(-1) / u.shape[-1] ** 0.5
+    # H is at most weight I: no u of this dtype has a smaller gradient than about this.
+    unreachable = 2 * torch.finfo(u.dtype).eps * weight.abs() * u.abs().amax(-1)
+    size = (gradient.abs().amax(-1) - unreachable).clamp_min(0)
+    return torch.where(size == 0, size, size / scale)
+
+
+def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
+    """A local minimiser from a start point, to the rounding error of the gradient.
+
+    Reweighted means never raise the objective where rho is concave in s (all of Table 1), and converge fast
+    when m is large. Samples they leave unfinished go on with Newton steps, accepted only where they do
+    better.
+
+    Args:
+        rho: The penalty.
+        x: Points (..., m, n).
+        alpha: Broadcasts to (..., n).
+        start: (..., m), its leading axes those of x or more.
+
+    Returns:
+        Descent. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step, over unfinished samples
+        only.
+    """
+    tight = tightness(x)
+    here = evaluate(rho, x, alpha, start)
+    active = ~(here.residual <= tight)
+    for _ in range(REWEIGHTED_STEPS):
+        if not bool(active.any()):
+            break
+        ahead = evaluate(rho, x, alpha, here.reweighted())
+        # A step that raises the objective (a penalty that is not concave in s) is left to Newton.
+        active = active & ahead.not_worse(here)
+        here = ahead.where(active, here)
+        active = active & ~(here.residual <= tight)
+    rest = (~(here.residual <= tight)).nonzero(as_tuple=True)
+    if rest[0].numel() == 0:
+        return here
+    samples = start.shape[:-1]
+    polished = _newton(
+        rho,
+        x.expand(*samples, *x.shape[-2:])[rest],
+        alpha.expand(*samples, 1)[rest],
+        here.map(lambda field: field[rest]),
+    )
+    return polished.scattered(rest, into=here)
+
+
+def _newton(rho: Rho, x: Tensor, alpha: Tensor, here: Descent) -> Descent:
+    """Newton steps for x (k, m, n) and alpha (k, 1), each held against a reweighted step and its eighth."""
+    tight = tightness(x)
+    active = ~(here.residual <= tight)
+    for _ in range(NEWTON_STEPS):
+        if not bool(active.any()):
+            break
+        factor, failed = torch.linalg.cholesky_ex(_hessian(rho, x, alpha, here.u))
+        step = torch.cholesky_solve(here.gradient[..., None], factor)[..., 0]
+        usable = (failed == 0) & torch.isfinite(step).all(-1)
+        best = here
+        for candidate, allowed in (
+            (here.u - torch.where(usable[:, None], step, 0), usable & active),
+            (here.reweighted(), active),
+            (here.reweighted(0.125), active),
+        ):
+            ahead = evaluate(rho, x, alpha, candidate)
+            best = ahead.where(allowed & ahead.not_worse(best), best)
+        active = active & (best.u != here.u).any(-1) & ~(best.residual <= tight)
+        here = best
+    return here
+
+
+def _hessian(rho: Rho, x: Tensor, alpha: Tensor, u: Tensor) -> Tensor:
+    """(sum_j kappa_1) I + sum_j kappa_2 (u - x_j)(u - x_j)', (k, m, m)."""
+    difference = u[..., None] - x
+    first, second = slopes(rho, difference.square().sum(-2), alpha)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    outer = (difference * (4 * second)[..., None, :]) @ difference.mT
+    return (2 * first).sum(-1)[..., None, None] * identity + outer
+
+
+def lowest(found: Descent, tight: float) -> Descent:
+    """Of the starts along the first axis, per sample the stationary one of least value, else the least."""
+    value = torch.where(torch.isfinite(found.value), found.value, torch.inf)
+    unfinished = ~(found.residual <= tight)
+    pick = torch.where(unfinished & ~unfinished.all(0), torch.inf, value).argmin(0)
+    others = torch.arange(pick.numel(), device=pick.device)
+    return found.map(lambda field: field[pick, others])

@@ -1,0 +1,50 @@
+"""Pairwise terms u_i - u_j: one value with two different labellings of the same axis, u used twice."""
+
+import torch
+from torch import Tensor
+
+import implicitdiff as idf
+from tests.cases.base import DENSE, LOW_RANK, Case
+
+
+class PairwiseCosh(idf.Problem):
+    """minimise over u  sum_ij w_ij cosh(u_i - u_j) + |u - x|^2 / 2,  w (m, m) not symmetric, x (m,)."""
+
+    def objective(self, u: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        differences = u[:, None] - u[None, :]
+        return (w * torch.cosh(differences)).sum() + 0.5 * ((u - x) ** 2).sum()
+
+    def init(self, w: Tensor, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class PairwiseSquares(idf.Problem):
+    """minimise over u  sum_ij (u_i - u_j)^2 / 2 + sum_i c_i (u_i - x_i)^2,  x and c (m,)."""
+
+    def objective(self, u: Tensor, x: Tensor, c: Tensor) -> Tensor:
+        differences = u.unsqueeze(0) - u.unsqueeze(1)
+        return 0.5 * differences.pow(2).sum() + (c * (u - x).square()).sum()
+
+    def init(self, x: Tensor, c: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+CASES = (
+    Case(
+        name="pairwise-cosh",
+        make_problem=PairwiseCosh,
+        inputs=lambda draw, sizes: (draw.positive(*sizes, *sizes), draw.normal(*sizes)),
+        sizes=((4,), (2,), (1,)),
+        hessian="dense",
+        solvers=DENSE,
+        notes="D carries both labels of H: dense, and the diagonal adds to it",
+    ),
+    Case(
+        name="pairwise-squares",
+        make_problem=PairwiseSquares,
+        inputs=lambda draw, sizes: (draw.normal(*sizes), draw.positive(*sizes)),
+        sizes=((5,), (2,), (1,)),
+        solvers=LOW_RANK | DENSE,
+        notes="H = diag(2 m + 2 c) - 2 11': the dense part has rank 1, provable from constant curvature",
+    ),
+)

@@ -1,0 +1,269 @@
+"""A plan that shares no code with the library's: torch.func on one sample, in a Python loop over samples.
+
+A sample's numbers therefore cannot depend on its neighbours, which is what the tests of the optimizers need.
+`flags` says which inputs are batched; the KKT matrix is inverted by its pseudo-inverse, `shifts` and
+`visited` record the calls.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitdiff.inputs import Bound, bind
+from implicitdiff.problem import Problem
+from implicitdiff.status import Status
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceholderDouble:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batched: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualityDouble:
+    output_shapes: Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceDouble:
+    variables: tuple[PlaceholderDouble, ...]
+    inputs: tuple[PlaceholderDouble, ...]
+    tensors: tuple[PlaceholderDouble, ...]
+    equality: EqualityDouble | None
+    variable_spec: Any
+    equality_spec: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StationarityDouble:
+    gradient: tuple[Tensor, ...]
+    gradient_scale: Tensor
+    constraint: tuple[Tensor, ...]
+    constraint_scale: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorDouble:
+    matrix: Tensor
+    kind: str = "dense"
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return (self.matrix @ x[..., None])[..., 0]
+
+    def to_dense(self) -> Tensor:
+        return self.matrix
+
+
+class PlanDouble:
+    """The plan of objective(u, *theta) s.t. equality(u, *theta) = 0.
+
+    u and the constraints are tuples of leaves, or one bare leaf. The batch may be solved sample by sample:
+    nothing is shared.
+
+    Scales: |D_u f|, |A'| |lambda| and |H| |u| for D_u L (what cancels in a gradient that is linear in u), and
+    |A| |u| and |h| for h.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Tensor],
+        equality: Callable[..., Any] | None,
+        variables: Any,
+        theta: Sequence[Tensor],
+        flags: Sequence[bool],
+        tensors: int = 0,
+    ) -> None:
+        """`variables`: an example of u of one sample; the last `tensors` of theta are no arguments."""
+        leaves, spec = pytree.tree_flatten(variables)
+        self.objective, self.equality = objective, equality
+        self.flags, self.tensors, self.spec = tuple(flags), tensors, spec
+        self.variable_shapes: Shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+        self.constraint_shapes: Shapes = ()
+        equality_spec = None
+        if equality is not None:
+            values, equality_spec = pytree.tree_flatten(equality(variables, *self._sample(theta, 0)))
+            self.constraint_shapes = tuple(tuple(value.shape) for value in values)
+        given = [
+            PlaceholderDouble(tuple(t.shape[1:] if flag else t.shape), t.dtype, flag)
+            for t, flag in zip(theta, flags, strict=True)
+        ]
+        inputs = len(given) - tensors
+        self.trace = TraceDouble(
+            tuple(PlaceholderDouble(tuple(leaf.shape), leaf.dtype) for leaf in leaves),
+            tuple(given[:inputs]),
+            tuple(given[inputs:]),
+            None if equality is None else EqualityDouble(self.constraint_shapes),
+            spec,
+            equality_spec,
+        )
+        self.needs_multipliers = True
+        self.shifts: list[Tensor | None] = []
+        self.visited: list[Tensor] = []
+
+    @property
+    def m(self) -> int:
+        return sum(math.prod(shape) for shape in self.variable_shapes)
+
+    def _split(self, flat: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
+        pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
+        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    def _f(self, u: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        return self.objective(self._tree(u), *theta)
+
+    def _tree(self, u: Tensor) -> Any:
+        return pytree.tree_unflatten(list(self._split(u, self.variable_shapes)), self.spec)
+
+    def _h(self, u: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        if self.equality is None:
+            return u.new_zeros(0)
+        return torch.cat(
+            [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.equality(self._tree(u), *theta))]
+        )
+
+    def _sample(self, theta: Sequence[Tensor], index: int) -> list[Tensor]:
+        own = len(theta) - self.tensors
+        return [t[index] if f else t for t, f in zip(theta[:own], self.flags[:own], strict=True)]
+
+    def _each(self, leaves: Sequence[Tensor], theta: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
+        batch = leaves[0].shape[0]
+        flat = torch.cat([leaf.reshape(batch, -1) for leaf in leaves], dim=1)
+        self.visited.append(flat)
+        return [(flat[i].clone(), self._sample(theta, i)) for i in range(batch)]
+
+    def _multipliers(self, lam: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
+        return torch.cat([leaf[index].reshape(-1) for leaf in lam]) if lam else like.new_zeros(0)
+
+    def _matrices(self, u: Tensor, lam: Tensor, theta: list[Tensor]) -> tuple[Tensor, Tensor]:
+        hessian = torch.func.hessian(lambda z: self._f(z, theta) - lam @ self._h(z, theta))(u)
+        return hessian, torch.func.jacrev(lambda z: self._h(z, theta))(u)
+
+    def value(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
+        return torch.stack([self._f(z, t) for z, t in self._each(u, theta)])
+
+    def stationarity(
+        self, u: Sequence[Tensor], lam: Sequence[Tensor], theta: Sequence[Tensor]
+    ) -> StationarityDouble:
+        gradients, scales, constraints, constraint_scales = [], [], [], []
+        for index, (z, t) in enumerate(self._each(u, theta)):
+            nu = self._multipliers(lam, index, z)
+            slope = torch.func.grad(lambda y, t=t: self._f(y, t))(z)
+            hessian, jacobian = self._matrices(z, nu, t)
+            h = self._h(z, t)
+            gradients.append(slope - jacobian.mT @ nu)
+            terms = torch.cat([slope.abs(), (jacobian.mT.abs() @ nu.abs()), hessian.abs() @ z.abs()])
+            terms = terms[torch.isfinite(terms)]
+            scales.append(terms.max() if len(terms) else z.new_zeros(()))
+            constraints.append(h)
+            constraint_scales.append(
+                torch.maximum(jacobian.abs() @ z.abs(), h.abs()).max() if len(h) else z.new_zeros(())
+            )
+        return StationarityDouble(
+            self._leaves(gradients, self.variable_shapes),
+            torch.stack(scales),
+            self._leaves(constraints, self.constraint_shapes),
+            torch.stack(constraint_scales),
+        )
+
+    def _leaves(self, rows: list[Tensor], shapes: Shapes) -> tuple[Tensor, ...]:
+        if not shapes:
+            return ()
+        return tuple(
+            torch.stack(leaf) for leaf in zip(*(self._split(row, shapes) for row in rows), strict=True)
+        )
+
+    def multipliers(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        rows = []
+        for z, t in self._each(u, theta):
+            slope = torch.func.grad(lambda y, t=t: self._f(y, t))(z)
+            jacobian = torch.func.jacrev(lambda y, t=t: self._h(y, t))(z)
+            good = bool(torch.isfinite(jacobian).all())
+            rows.append(
+                torch.linalg.pinv(jacobian.mT) @ slope if good else torch.full_like(jacobian[:, 0], torch.nan)
+            )
+        return self._leaves(rows, self.constraint_shapes)
+
+    def constraint_jacobian(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
+        return torch.stack(
+            [torch.func.jacrev(lambda y, t=t: self._h(y, t))(z) for z, t in self._each(u, theta)]
+        )
+
+    def hessian(self, u: Sequence[Tensor], lam: Sequence[Tensor], theta: Sequence[Tensor]) -> OperatorDouble:
+        return OperatorDouble(
+            torch.stack(
+                [
+                    self._matrices(z, self._multipliers(lam, i, z), t)[0]
+                    for i, (z, t) in enumerate(self._each(u, theta))
+                ]
+            )
+        )
+
+    def kkt_solve(
+        self,
+        u: Sequence[Tensor],
+        lam: Sequence[Tensor],
+        theta: Sequence[Tensor],
+        rhs_u: Sequence[Tensor],
+        rhs_h: Sequence[Tensor],
+        shift: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        self.shifts.append(shift)
+        tops, bottoms, status = [], [], []
+        for index, (z, t) in enumerate(self._each(u, theta)):
+            hessian, jacobian = self._matrices(z, self._multipliers(lam, index, z), t)
+            if shift is not None:
+                hessian = hessian + shift[index] * torch.eye(self.m, dtype=z.dtype)
+            p = jacobian.shape[0]
+            matrix = torch.cat(
+                [torch.cat([hessian, -jacobian.mT], 1), torch.cat([-jacobian, z.new_zeros(p, p)], 1)]
+            )
+            rhs = torch.cat([leaf[0, index].reshape(-1) for leaf in (*rhs_u, *rhs_h)])
+            finite = bool(torch.isfinite(matrix).all())
+            solved, singular = (
+                self._inverse_times(matrix, rhs) if finite else (torch.full_like(rhs, torch.nan), False)
+            )
+            tops.append(solved[: self.m])
+            bottoms.append(solved[self.m :])
+            status.append(Status.SINGULAR if singular else Status.OK if finite else Status.NONFINITE)
+        w, s = self._leaves(tops, self.variable_shapes), self._leaves(bottoms, self.constraint_shapes)
+        codes = torch.tensor([int(code) for code in status], dtype=torch.int8)
+        return tuple(leaf[None] for leaf in w), tuple(leaf[None] for leaf in s), codes
+
+    def _inverse_times(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, bool]:
+        """K^-1 rhs, or K^+ rhs for a singular K; whether u is then not determined."""
+        scale = matrix.abs().amax(0).clamp_min(1e-300).rsqrt()
+        scaled = scale[:, None] * matrix * scale
+        if int(torch.linalg.matrix_rank(scaled, hermitian=True)) == len(rhs):
+            factor, pivots, _ = torch.linalg.lu_factor_ex(scaled)
+            return scale * torch.linalg.lu_solve(factor, pivots, (scale * rhs)[:, None])[:, 0], False
+        lacks = int(torch.linalg.matrix_rank(matrix[:, : self.m])) < self.m
+        return torch.linalg.pinv(matrix, hermitian=True) @ rhs, lacks
+
+
+def double_of(
+    problem: Problem, *inputs: Tensor, in_dims: Any = 0, u: Any = None
+) -> tuple[PlanDouble, Bound, tuple[Tensor, ...]]:
+    """(plan, bound, theta) of one call; `u` is an example of one sample for problems without `init`."""
+    bound = bind(problem, inputs, in_dims)
+    variables = problem.init(*bound.sample(0)) if u is None else u
+    theta = tuple(tensor.detach() for tensor in (*bound.leaves, *bound.tensors))
+    plan = PlanDouble(
+        lambda v, *leaves: problem.objective(v, *bound.unflatten(leaves)),
+        (lambda v, *leaves: problem.equality(v, *bound.unflatten(leaves)))
+        if problem.declares("equality")
+        else None,
+        pytree.tree_map(lambda leaf: leaf.detach(), variables),
+        theta,
+        (*bound.batched, *(False for _ in bound.tensors)),
+        tensors=len(bound.tensors),
+    )
+    return plan, bound, theta

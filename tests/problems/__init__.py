@@ -1,0 +1,1 @@
+"""Tests of the built-in problems: solutions, multipliers, penalties, and the hand-written gradients."""
