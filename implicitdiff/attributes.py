@@ -160,7 +160,8 @@ class _Walk:
                 yield tuple(Same(hook) for hook in values[hooks].values())
         for name, child in values["_modules"].items():
             yield (name, self.key(child, f"{path}.{name}"))
-        yield from self._read_globals(_methods(type(module)))
+        kind: type = type(module)
+        yield from self._read_globals(_methods(kind))
 
     def _function(self, function: types.FunctionType) -> Iterator[Hashable]:
         # What a function captures is not an attribute: its tensors are not collected, only compared by

@@ -319,11 +319,9 @@ def _axis(name: str, value: torch.Tensor, dim: int | None) -> int | None:
 
 
 def _constant(name: str, value: Any) -> Hashable:
-    if value is None or isinstance(
-        value, numbers.Real | str | bytes | enum.Enum | torch.dtype | torch.device
-    ):
-        constant: Hashable = value
-        return constant
+    fixed: Hashable = value
+    if isinstance(value, numbers.Real | str | bytes | enum.Enum | torch.dtype | torch.device | None):
+        return fixed
     kind = type(value)
     if kind.__module__ == "numpy":
         raise InputError(f"input {name} is a numpy {kind.__name__}: pass torch.as_tensor({name})")

@@ -59,7 +59,7 @@ def flatten_like(
 
 
 def describe(spec: Spec) -> str:
-    """The structure in a line, a star for each leaf: ``{'a': *, 'b': (*, *)}``. Equal structure, equal text."""
+    """The structure in a line, a star for each leaf: ``{'a': *, 'b': (*, *)}``; one text, one structure."""
     return repr(unflatten([_Star()] * spec.num_leaves, spec))
 
 

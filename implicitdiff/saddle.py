@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff import operators, solvers
+from implicitdiff.derivatives.kkt import solve_symmetric
 from implicitdiff.kkt import Steps, range_space
 from implicitdiff.solvers.base import Factorization
 from implicitdiff.status import Status
@@ -49,22 +50,29 @@ def merged(*status: Tensor) -> Tensor:
 
 
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
-    """max |entry| of each sample over several tensors (B or no batch axis ... ), (B,)."""
+    """max |entry| of each sample over several tensors (B or 1, ...), (B,)."""
     out = like.new_zeros(like.shape[:1])
     for tensor in tensors:
-        out = torch.maximum(out, tensor.abs().flatten(1).amax(1) if tensor.numel() else out)
+        if tensor.numel():
+            out = torch.maximum(out, tensor.abs().reshape(tensor.shape[0], -1).amax(1))
     return out
 
 
 class RangeSpace:
-    """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves."""
+    """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves.
 
-    def __init__(self, factor: Factorization, jacobian: Tensor) -> None:
+    Attributes:
+        status: (B,) int8, of both factorisations.
+    """
+
+    def __init__(self, factor: Factorization, jacobian: Tensor, null_vectors: Sequence[Tensor] = ()) -> None:
+        """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
         self.factor, self.jacobian = factor, jacobian
-        transposed = jacobian.transpose(0, 1)
-        inverse = factor.solve(transposed)
+        inverse = factor.solve(jacobian.transpose(0, 1))
         schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
-        self.schur = solvers.Cholesky().factor(operators.Dense((schur + schur.mT) / 2, symmetric=True))
+        corner = operators.Dense((schur + schur.mT) / 2, symmetric=True)
+        whole = operators.Block(((corner,),), (corner.size,), null_vectors=tuple(null_vectors))
+        self.schur = solvers.Cholesky().factor(whole if null_vectors else corner)
         self.status = merged(factor.status, self.schur.status)
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,23 +89,27 @@ class RangeSpace:
 
 
 class FullKKT:
-    """K = [[H, -A'], [-A, 0]] factored as one matrix: for singular H; dependent constraints by the pseudo-inverse."""
+    """K = [[H, -A'], [-A, 0]] solved as one matrix: for singular H, and for constraints that depend by their values.
+
+    Attributes:
+        status: (B,) int8, known after the first `solve`.
+    """
 
     def __init__(self, hessian: Tensor, jacobian: Tensor) -> None:
         batch = max(hessian.shape[0], jacobian.shape[0])
-        p = jacobian.shape[-2]
+        corner = hessian.new_zeros(batch, jacobian.shape[-2], jacobian.shape[-2])
+        self.matrix = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
         self.size = hessian.shape[-1]
-        corner = hessian.new_zeros(batch, p, p)
-        whole = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
-        operator = operators.Dense(whole, symmetric=True)
-        self.factor = solvers.LU().factor(operator)
-        if bool((self.factor.status == Status.SINGULAR).any()):
-            self.factor = solvers.Eigh().factor(operator)
-        self.status = self.factor.status
+        self.status = torch.zeros(batch, dtype=torch.int8, device=hessian.device)
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """(w, s) with H w - A's = a and -A w = b."""
-        out = self.factor.solve(torch.cat([a, b], dim=-1))
+        """(w, s) with H w - A's = a and -A w = b, of minimum norm where K is singular."""
+        lead = a.shape[:-1]
+        batch = self.matrix.shape[0]
+        rhs = torch.cat([a, b.expand(*lead, -1)], dim=-1)
+        columns = rhs.reshape(-1, *rhs.shape[-2:]).expand(-1, batch, -1).permute(1, 2, 0)
+        found, self.status = solve_symmetric(self.matrix, columns, self.size)
+        out = found.permute(2, 0, 1).reshape(*lead[:-1], batch, -1)
         return out[..., : self.size], out[..., self.size :]
 
 

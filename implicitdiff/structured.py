@@ -325,13 +325,15 @@ class StructuredPlan:
         w_own = [build.hold(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
                  for k, (ref, leaf) in enumerate(zip(w, declared.variables, strict=True))]
         s_own = [build.hold(ref) for ref in s]
-        if not with_lam:
-            self._learn_feasible_direction(w_own)
         gradients = declared.input_gradients(w_own, s_own)
         outputs = []
+        zeros = [] if with_lam else self._feasible_sums(w_own)
         for need, leaf in zip(wanted, declared.theta, strict=True):
             ref = gradients.get(leaf.node.id)
             if not need or ref is None:
+                continue
+            (ref,) = build.replaced([ref], zeros)
+            if build.is_zero(ref):
                 continue
             if not leaf.placeholder.batched:
                 ref = build.con(ref, (), over_batch=True)
@@ -339,15 +341,16 @@ class StructuredPlan:
         outputs.sort(key=lambda o: len(o.order))
         return [*outputs, self._status_output(status)], [*s_own, *w_own, *status]
 
-    def _learn_feasible_direction(self, w: Sequence[Ref]) -> None:
-        """A w = 0 holds for every sample, so sums of w that are exactly a row of A w are zero from now on."""
+    def _feasible_sums(self, w: Sequence[Ref]) -> list[Ref]:
+        """Sums of w that are exactly a row of A w: they are 0 (in the gradients, which hold w fixed, not before)."""
         build = self.declared.build
+        out = []
         for c in self.declared.constraints:
-            pushed = self.declared.constraint_tangent(c, w)
-            _, factors = build.split(pushed)
+            _, factors = build.split(self.declared.constraint_tangent(c, w))
             sums = [ref for ref, power in factors if ref.node.op == "con" and power == 1.0]
             if len(sums) == 1 and len(factors) == 1:
-                build.learn(sums[0], build.number(0.0))
+                out.append(sums[0])
+        return out
 
     # ---------------------------------------------------------------- the matrices
 

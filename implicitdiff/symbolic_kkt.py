@@ -323,7 +323,8 @@ class SymbolicKKT:
         else:
             factor = lowering.factorised(
                 build, lowering.operator(build, self.route.hessian, self.route.hessian_kind), self.route.hessian_solver, "factor")
-            solver = call(build, "saddle.RangeSpace({0}, {1})", [(factor, (), -1), (jacobian, jacobian.labels, BATCHED)], (),
+            null = ", null_vectors" if self.route.dependent is not None else ""
+            solver = call(build, f"saddle.RangeSpace({{0}}, {{1}}{null})", [(factor, (), -1), (jacobian, jacobian.labels, BATCHED)], (),
                           BATCHED, "kkt")
         flat_a = lowering.pack(build, space, a, space.rows, prefix)
         flat_b = lowering.pack(build, rows, b, rows.rows, prefix)

@@ -99,7 +99,7 @@ def has_tangent(tensor: torch.Tensor) -> bool:
 
 
 def first_entry(tensor: torch.Tensor) -> torch.Tensor:
-    """A plain tensor of the same shape without functorch wrappers: of each vmapped axis the first entry, no history."""
+    """The tensor without functorch wrappers and without history: of each vmapped axis its first entry."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         dim = functorch.maybe_get_bdim(tensor)

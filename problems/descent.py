@@ -14,7 +14,9 @@ from torch import Tensor
 from .penalties import Rho, slope, slopes
 
 REWEIGHTED_STEPS = 30
-NEWTON_STEPS = 60
+NEWTON_STEPS = 100
+LEAST_DAMPING = 1e-3  # of the weight
+DAMPING_FACTOR = 8.0
 
 
 @dataclass(frozen=True)
@@ -157,25 +159,34 @@ def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
 
 
 def _newton(rho: Rho, x: Tensor, alpha: Tensor, here: Descent) -> Descent:
-    """Newton steps for x (k, m, n) and alpha (k, 1), each held against a reweighted step and its eighth."""
+    """Damped Newton steps for x (k, m, n) and alpha (k, 1), with a reweighted step where one fails.
+
+    The damping is per sample: raised where H + damping I is indefinite or its step does no good, lowered after a
+    success. A non-convex penalty makes H indefinite over long, nearly flat stretches, on which reweighted steps
+    alone are slow.
+    """
     tight = tightness(x)
     active = ~(here.residual <= tight)
+    damping = torch.zeros_like(here.residual)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(NEWTON_STEPS):
         if not bool(active.any()):
             break
-        factor, failed = torch.linalg.cholesky_ex(_hessian(rho, x, alpha, here.u))
+        unit = here.weight.detach().abs()
+        hessian = _hessian(rho, x, alpha, here.u) + damping[:, None, None] * identity
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         step = torch.cholesky_solve(here.gradient[..., None], factor)[..., 0]
-        usable = (failed == 0) & torch.isfinite(step).all(-1)
-        best = here
-        for candidate, allowed in (
-            (here.u - torch.where(usable[:, None], step, 0), usable & active),
-            (here.reweighted(), active),
-            (here.reweighted(0.125), active),
-        ):
-            ahead = evaluate(rho, x, alpha, candidate)
-            best = ahead.where(allowed & ahead.not_worse(best), best)
-        active = active & (best.u != here.u).any(-1) & ~(best.residual <= tight)
-        here = best
+        usable = active & (failed == 0) & torch.isfinite(step).all(-1)
+        ahead = evaluate(rho, x, alpha, here.u - torch.where(usable[:, None], step, 0))
+        success = usable & ahead.not_worse(here)
+        reweighted = evaluate(rho, x, alpha, here.reweighted())
+        progress = active & ~success & reweighted.not_worse(here)
+        here = ahead.where(success, reweighted.where(progress, here))
+        lowered = torch.where(damping > LEAST_DAMPING * unit, DAMPING_FACTOR**-1 * damping, 0)
+        raised = torch.maximum(DAMPING_FACTOR * damping, LEAST_DAMPING * unit)
+        damping = torch.where(success, lowered, raised)
+        # Damping beyond the weight gives shorter steps than reweighting: nothing is left to try.
+        active = active & (success | progress | (damping <= unit)) & ~(here.residual <= tight)
     return here
 
 

@@ -40,7 +40,9 @@ Twin = tuple[LinearOperator, np.ndarray]
 class Draw:
     """Random parameters with a batch axis, some of them shared by the batch."""
 
-    def __init__(self, batch: int, sharing: str = "own", dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+    def __init__(
+        self, batch: int, sharing: str = "own", dtype: torch.dtype = torch.float64, seed: int = 0
+    ) -> None:
         self.batch = batch
         self.dtype = dtype
         self._sharing = sharing
@@ -49,7 +51,9 @@ class Draw:
 
     def _axis(self) -> int:
         self._drawn += 1
-        shared = {"own": False, "first shared": self._drawn == 1, "others shared": self._drawn > 1}[self._sharing]
+        shared = {"own": False, "first shared": self._drawn == 1, "others shared": self._drawn > 1}[
+            self._sharing
+        ]
         return 1 if shared else self.batch
 
     def normal(self, *shape: int) -> Tensor:
@@ -108,7 +112,9 @@ def zero(draw: Draw) -> Twin:
 
 def scaled_identity(draw: Draw) -> Twin:
     scale = draw.signed()
-    return ScaledIdentity(scale, 3), np.stack([s * np.eye(3) for s in array(scale)] or [np.zeros((3, 3))])[: len(scale)]
+    return ScaledIdentity(scale, 3), np.stack([s * np.eye(3) for s in array(scale)] or [np.zeros((3, 3))])[
+        : len(scale)
+    ]
 
 
 def diagonal(draw: Draw) -> Twin:
@@ -119,7 +125,9 @@ def diagonal(draw: Draw) -> Twin:
     return Diagonal(entries), twin
 
 
-def block_diagonal(shape: tuple[int, ...], axes: tuple[int, ...], *, definite: bool = True, symmetric: bool = True):
+def block_diagonal(
+    shape: tuple[int, ...], axes: tuple[int, ...], *, definite: bool = True, symmetric: bool = True
+):
     """Blocks numbered by ``axes`` of ``shape``; the twin couples two entries when their axes' indices agree."""
 
     def build(draw: Draw) -> Twin:
@@ -134,9 +142,19 @@ def block_diagonal(shape: tuple[int, ...], axes: tuple[int, ...], *, definite: b
         for row in np.ndindex(*shape):
             for column in np.ndindex(*shape):
                 if all(row[a] == column[a] for a in axes):
-                    which = np.ravel_multi_index([row[a] for a in axes], [shape[a] for a in axes]) if axes else 0
-                    i = np.ravel_multi_index([row[a] for a in inside], [shape[a] for a in inside]) if inside else 0
-                    j = np.ravel_multi_index([column[a] for a in inside], [shape[a] for a in inside]) if inside else 0
+                    which = (
+                        np.ravel_multi_index([row[a] for a in axes], [shape[a] for a in axes]) if axes else 0
+                    )
+                    i = (
+                        np.ravel_multi_index([row[a] for a in inside], [shape[a] for a in inside])
+                        if inside
+                        else 0
+                    )
+                    j = (
+                        np.ravel_multi_index([column[a] for a in inside], [shape[a] for a in inside])
+                        if inside
+                        else 0
+                    )
                     place = np.ravel_multi_index(row, shape), np.ravel_multi_index(column, shape)
                     twin[:, place[0], place[1]] = values[:, which, i, j]
         return BlockDiagonal(blocks, shape, axes, symmetric=symmetric), twin
@@ -144,7 +162,9 @@ def block_diagonal(shape: tuple[int, ...], axes: tuple[int, ...], *, definite: b
     return build
 
 
-def low_rank(size: int, rank: int, weights: str, *, scalar: bool = False, right: bool = False, zeros: int = 0):
+def low_rank(
+    size: int, rank: int, weights: str, *, scalar: bool = False, right: bool = False, zeros: int = 0
+):
     """weights: "positive", "mixed", "small negative" (still definite) or "some zero"; zeros: entries 0 in D."""
 
     def build(draw: Draw) -> Twin:
@@ -270,7 +290,9 @@ def coupled_remainder(draw: Draw) -> Twin:
         sizes,
     )
     arrays = batched(array(base), array(left), array(weights))
-    low = np.stack([np.diag(x) + w * np.outer(y, y) for x, y, w in zip(*arrays, strict=True)] or [np.zeros((3, 3))])
+    low = np.stack(
+        [np.diag(x) + w * np.outer(y, y) for x, y, w in zip(*arrays, strict=True)] or [np.zeros((3, 3))]
+    )
     low = low[: len(arrays[0])]
     interleaved = np.zeros((len(blocks), 4, 4))
     for group in range(2):

@@ -126,7 +126,7 @@ class Marginals(idf.Problem):
         return ((u - x) ** 2 / 2 + 0.1 * (u - x) ** 4).sum()
 
     def equality(self, u, x):
-        return u.sum(1) - 0.5, u.sum(0) - 1.0
+        return u.sum(1) - 0.5, u.sum(0) - 1 / 3
 
     def init(self, x):
         return torch.full_like(x, 1 / 6)

@@ -141,7 +141,7 @@ def test_gradcheck(case: Case) -> None:
 def test_structure_and_solver(case: Case, sizes: Sizes) -> None:
     inputs = case.make_inputs(batch=2, sizes=sizes)
     report = idf.explain(case.problem(), *inputs, in_dims=case.in_dims)
-    assert not report.fallbacks, report
+    assert case.may_fall_back or not report.fallbacks, report
     if case.hessian is not None:
         assert report.hessian.kind == case.hessian, report
     if case.schur is not None:

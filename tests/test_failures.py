@@ -142,12 +142,12 @@ def test_a_hint_comes_first() -> None:
 
 def test_a_failure_that_only_solve_knows_of_is_said_to_be_so() -> None:
     check = found(Status.SINGULAR)
-    with pytest.raises(NotOptimalError, match="solve of P reports SINGULAR, though .* <= "):
+    with pytest.raises(NotOptimalError, match=r"solve of P reports SINGULAR, though .* <= "):
         enforce(check, "raise", "solve of P")
 
 
 def test_unknown_policies_are_refused() -> None:
-    with pytest.raises(OptionError, match="on_failure='ignore' .* raise, warn, nan, zero, damp"):
+    with pytest.raises(OptionError, match=r"on_failure='ignore' .* raise, warn, nan, zero, damp"):
         validate_policy("ignore")
 
 

@@ -1,4 +1,4 @@
-"""Newton's method on an independent plan: known solutions, hard starts, samples that must not feel each other."""
+"""Newton's method on an independent plan: known solutions, hard starts, samples that must not interact."""
 
 import dataclasses
 from collections.abc import Callable

@@ -35,7 +35,9 @@ def vectors(operator: LinearOperator, batch: str, lead: tuple[int, ...] = ()) ->
     """Vectors for the operator; three samples where the operator is shared by them."""
     samples = 3 if batch == "all shared" else operator.batch
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(*lead, samples, operator.size, generator=generator, dtype=torch.float64).to(operator.dtype)
+    return torch.randn(*lead, samples, operator.size, generator=generator, dtype=torch.float64).to(
+        operator.dtype
+    )
 
 
 def test_every_exported_operator_has_a_row() -> None:
@@ -91,7 +93,9 @@ def test_transpose_twice_and_symmetry(row: Row) -> None:
     operator, twin = drawn(row, "batch 3")
     assert operator.symmetric == bool(np.allclose(twin, twin.swapaxes(1, 2)))
     assert (operator.transpose() is operator) == operator.symmetric
-    np.testing.assert_array_equal(operator.transpose().transpose().to_dense().numpy(), operator.to_dense().numpy())
+    np.testing.assert_array_equal(
+        operator.transpose().transpose().to_dense().numpy(), operator.to_dense().numpy()
+    )
 
 
 @ROWS
@@ -101,7 +105,9 @@ def test_float32_and_parameters_are_not_changed(row: Row) -> None:
     x = vectors(operator, "batch 3")
     assert operator.dtype == before.dtype == operator.matvec(x).dtype == torch.float32
     assert operator.device == torch.device("cpu")
-    np.testing.assert_allclose(operator.matvec(x).double().numpy(), np.einsum("bij,bj->bi", twin, x.numpy()), atol=1e-4)
+    np.testing.assert_allclose(
+        operator.matvec(x).double().numpy(), np.einsum("bij,bj->bi", twin, x.numpy()), atol=1e-4
+    )
     assert torch.equal(operator.to_dense(), before)
 
 
@@ -122,7 +128,9 @@ def test_weighted_product_works_off_a_shared_factor_in_pieces() -> None:
     factor, other = draw.normal(3, 500), draw.normal(4, 500)
     weights = torch.randn(40, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = np.einsum("pk,bk,qk->bpq", factor[0].numpy(), weights.numpy(), other[0].numpy())
-    np.testing.assert_allclose(weighted_product(factor, weights, other).numpy(), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(
+        weighted_product(factor, weights, other).numpy(), expected, rtol=1e-11, atol=1e-11
+    )
     swapped = weighted_product(other, weights, factor)
     np.testing.assert_allclose(swapped.numpy(), expected.swapaxes(1, 2), rtol=1e-11, atol=1e-11)
     base = torch.ones(40, 6, 9, dtype=torch.float64)
@@ -137,7 +145,8 @@ def test_single_weight_and_empty_contraction() -> None:
     expected = np.einsum("bpk,b,bqk->bpq", left.numpy(), weight[:, 0].numpy(), right.numpy())
     np.testing.assert_allclose(weighted_product(left, weight, right).numpy(), expected, rtol=1e-13)
     assert torch.equal(
-        weighted_product(left[:, :, :0], draw.normal(0), right[:, :, :0]), torch.zeros(2, 3, 2, dtype=torch.float64)
+        weighted_product(left[:, :, :0], draw.normal(0), right[:, :, :0]),
+        torch.zeros(2, 3, 2, dtype=torch.float64),
     )
 
 
@@ -155,12 +164,24 @@ D3, D2 = Diagonal(torch.ones(2, 3)), Diagonal(torch.ones(2, 2))
     [
         (lambda: ScaledIdentity(torch.ones(2, 1), 3), ["scaled-identity", "scale", "(2, 1)"]),
         (lambda: Diagonal(torch.ones(3)), ["diagonal", "(3,)", "batch"]),
-        (lambda: BlockDiagonal(torch.ones(1, 2, 3, 3), (2, 2), (0,)), ["block-diagonal", "(1, 2, 3, 3)", "2, 2, 2"]),
+        (
+            lambda: BlockDiagonal(torch.ones(1, 2, 3, 3), (2, 2), (0,)),
+            ["block-diagonal", "(1, 2, 3, 3)", "2, 2, 2"],
+        ),
         (lambda: BlockDiagonal(torch.ones(1, 2, 2, 2), (2, 2), (2,)), ["block_axes", "(2,)"]),
         (lambda: BlockDiagonal(torch.ones(1, 4, 1, 1), (2, 2), (0, 0)), ["block_axes", "(0, 0)"]),
-        (lambda: LowRankPlusDiagonal(torch.ones(2, 4), torch.ones(2, 3, 1), torch.ones(2, 1)), ["diagonal", "(2, 4)", "3"]),
-        (lambda: LowRankPlusDiagonal(torch.ones(2, 3), torch.ones(3, 1), torch.ones(2, 1)), ["left", "(3, 1)"]),
-        (lambda: LowRankPlusDiagonal(torch.ones(2, 3), torch.ones(2, 3, 1), torch.ones(3, 1)), ["batch axes differ"]),
+        (
+            lambda: LowRankPlusDiagonal(torch.ones(2, 4), torch.ones(2, 3, 1), torch.ones(2, 1)),
+            ["diagonal", "(2, 4)", "3"],
+        ),
+        (
+            lambda: LowRankPlusDiagonal(torch.ones(2, 3), torch.ones(3, 1), torch.ones(2, 1)),
+            ["left", "(3, 1)"],
+        ),
+        (
+            lambda: LowRankPlusDiagonal(torch.ones(2, 3), torch.ones(2, 3, 1), torch.ones(3, 1)),
+            ["batch axes differ"],
+        ),
         (
             lambda: LowRankPlusDiagonal(torch.ones(2, 3), torch.ones(2, 3, 1).double(), torch.ones(2, 1)),
             ["different dtypes", "float32", "float64"],
@@ -169,11 +190,17 @@ D3, D2 = Diagonal(torch.ones(2, 3)), Diagonal(torch.ones(2, 2))
         (lambda: Block(((D3, None),), (3, 2)), ["block", "2 sizes"]),
         (lambda: Block((), ()), ["block", "0 sizes"]),
         (lambda: Block(((D3, None), (None, D3)), (3, 2)), ["blocks[1][1]", "size 2", "size 3"]),
-        (lambda: Block(((D3, torch.ones(2, 2, 3)), (None, D2)), (3, 2)), ["blocks[0][1]", "(2, 2, 3)", "3, 2"]),
+        (
+            lambda: Block(((D3, torch.ones(2, 2, 3)), (None, D2)), (3, 2)),
+            ["blocks[0][1]", "(2, 2, 3)", "3, 2"],
+        ),
         (lambda: Block(((D3, None), (None, Diagonal(torch.ones(4, 2)))), (3, 2)), ["batch sizes", "2, 4"]),
         (lambda: Block(((D3, None), (None, torch.ones(2, 2, 2))), (3, 2)), ["blocks[1][1]", "Tensor"]),
         (lambda: Block(((D3, None), (None, D2)), (3, 2), ([1.0, 2.0],)), ["null vector", "(2,)", "5"]),
-        (lambda: Block(((D3, None), (None, D2)), (3, 2), ([1.0] * 5,), symmetric=False), ["null_vectors", "symmetric"]),
+        (
+            lambda: Block(((D3, None), (None, D2)), (3, 2), ([1.0] * 5,), symmetric=False),
+            ["null_vectors", "symmetric"],
+        ),
     ],
 )
 def test_bad_parameters_are_named(build, words: list[str]) -> None:

@@ -66,8 +66,8 @@ def apply(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return np.einsum("bij,...bj->...bi", matrices, vectors)
 
 
-def oracle(twin: np.ndarray, rhs: np.ndarray, singular: bool) -> np.ndarray:
-    return apply(np.linalg.pinv(twin, rcond=1e-10) if singular else np.linalg.inv(twin), rhs)
+def oracle(twin: np.ndarray, rhs: np.ndarray, singular: bool, cut: float = 1e-10) -> np.ndarray:
+    return apply(np.linalg.pinv(twin, rcond=cut) if singular else np.linalg.inv(twin), rhs)
 
 
 def close(actual: Tensor, expected: np.ndarray, tolerance: float) -> None:
@@ -149,8 +149,9 @@ def test_float32(solver: str, row: str) -> None:
     solution = factorization.solve(rhs)
     assert solution.dtype == torch.float32
     if row != "dense, singular":
+        # The twin of a singular row is singular only up to the rounding of its float32 parameters.
         condition = 10 if singular else np.linalg.cond(twin).max()
-        close(solution, oracle(twin, rhs.double().numpy(), singular), 2e-5 * max(10, condition))
+        close(solution, oracle(twin, rhs.double().numpy(), singular, cut=1e-5), 1e-6 * max(10, condition))
 
 
 @pytest.mark.parametrize(("solver", "row"), PAIRS)
@@ -247,14 +248,18 @@ def mixed_dense(size: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tens
 def test_each_sample_gets_its_own_verdict(solver: str) -> None:
     matrices, twin = mixed_dense()
     factorization = ALL[solver].factor(Dense(matrices))
-    consistent = apply(twin, np.random.default_rng(0).normal(size=(2, 5, 6)))
+    units = np.logspace(-8, 8, 6)
+    drawn = np.random.default_rng(0).normal(size=(2, 5, 6))
+    consistent = apply(twin, drawn)
+    consistent[:, 4] = units * drawn[:, 4]
     solution = factorization.solve(torch.from_numpy(consistent))
     assert statuses(factorization) == [Status.OK, Status.OK, Status.SINGULAR, Status.SINGULAR, Status.OK]
     for sample in (0, 1, 2, 3):
-        expected = apply(np.linalg.pinv(twin[sample : sample + 1], rcond=1e-10), consistent[:, sample : sample + 1])
+        expected = apply(
+            np.linalg.pinv(twin[sample : sample + 1], rcond=1e-10), consistent[:, sample : sample + 1]
+        )
         close(solution[:, sample : sample + 1], expected, 1e-10)
-    units = np.logspace(-8, 8, 6)
-    balanced = np.linalg.inv(twin[4] / units[:, None] / units) @ (consistent[:, 4] / units).T
+    balanced = np.linalg.inv(twin[4] / units[:, None] / units) @ drawn[:, 4].T
     np.testing.assert_allclose(solution[:, 4].numpy() * units, balanced.T, rtol=1e-9)
     if factorization.definite is not None:
         assert factorization.definite.tolist() == [True, False, False, False, True]
@@ -262,10 +267,10 @@ def test_each_sample_gets_its_own_verdict(solver: str) -> None:
 
 def test_badly_scaled_is_not_singular_and_singular_is_not_missed() -> None:
     for dtype in (torch.float32, torch.float64):
-        for size in (2, 7, 40):
+        for size in (2, 7, 25):
             generator = torch.Generator().manual_seed(size)
-            root = torch.randn(20, size, size - 1, generator=generator, dtype=dtype)
-            regular = torch.randn(20, size, size, generator=generator, dtype=dtype)
+            root = torch.randn(8, size, size - 1, generator=generator, dtype=dtype)
+            regular = torch.randn(8, size, size, generator=generator, dtype=dtype)
             regular = regular @ regular.mT + torch.eye(size, dtype=dtype)
             units = torch.logspace(-6, 6, size, dtype=dtype)
             scaled = regular * units[:, None] * units
@@ -275,7 +280,11 @@ def test_badly_scaled_is_not_singular_and_singular_is_not_missed() -> None:
                 singular = SOLVERS[solver].factor(Dense(root @ root.mT))
                 assert set(statuses(singular)) == {Status.SINGULAR}, (solver, dtype, size)
                 for matrix in (regular, scaled, kkt):
-                    assert set(statuses(SOLVERS[solver].factor(Dense(matrix)))) == {Status.OK}, (solver, dtype, size)
+                    assert set(statuses(SOLVERS[solver].factor(Dense(matrix)))) == {Status.OK}, (
+                        solver,
+                        dtype,
+                        size,
+                    )
 
 
 def test_unsymmetric_singular_has_no_answer() -> None:
@@ -297,7 +306,7 @@ def test_relative_residual_tells_consistent_from_inconsistent() -> None:
     solution = PseudoInverse().factor(operator).solve(other)
     residual = relative_residual(operator, solution, other)
     assert residual[0] < 1e-12
-    assert residual[1] > 1e-2
+    assert residual[1] > 1e-3
     assert residual[2] == 0
 
 
@@ -309,8 +318,10 @@ def test_pseudo_inverse_of_inconsistent_and_badly_scaled() -> None:
     # The kernel of a matrix whose variables have very different units: (1, -1e6, 0).
     vector = np.array([1.0, -1e6, 0.0])
     root = np.array([[1e6, 1.0, 0.0], [0.0, 0.0, 1e-6]])
-    solution = PseudoInverse().factor(Dense(torch.from_numpy(root.T @ root)[None])).solve(
-        torch.from_numpy(root.T @ root @ np.array([[1.0, 0.0, 3.0]]).T).T
+    solution = (
+        PseudoInverse()
+        .factor(Dense(torch.from_numpy(root.T @ root)[None]))
+        .solve(torch.from_numpy(root.T @ root @ np.array([[1.0, 0.0, 3.0]]).T).T)
     )
     expected = np.array([1.0, 0.0, 3.0]) - vector * (vector[0] / (vector @ vector))
     np.testing.assert_allclose(solution[0].numpy(), expected, rtol=1e-6, atol=1e-9)
@@ -338,7 +349,10 @@ def test_woodbury_inertia_and_uneven_diagonals(seed: int) -> None:
     size, rank = int(rng.integers(2, 9)), 1
     rank = int(rng.integers(1, size))
     diagonal = rng.choice([-1.0, 1.0], (4, size), p=[0.2, 0.8]) * 10.0 ** rng.uniform(-5, 2, (4, size))
-    left, weights = rng.normal(size=(4, size, rank)), rng.normal(size=(4, rank)) * rng.integers(0, 2, (4, rank))
+    left, weights = (
+        rng.normal(size=(4, size, rank)),
+        rng.normal(size=(4, rank)) * rng.integers(0, 2, (4, rank)),
+    )
     diagonal[3, :rank] = 0
     twin = np.einsum("bmk,bk,bnk->bmn", left, weights, left)
     for sample in range(4):
@@ -388,7 +402,9 @@ def test_woodbury_refuses_large_ranks() -> None:
 def plan_block(plan: Tensor) -> Block:
     rows, columns = plan.shape[1:]
     kernel = torch.cat([torch.ones(rows), -torch.ones(columns)])
-    return Block(((Diagonal(plan.sum(2)), plan), (plan.mT, Diagonal(plan.sum(1)))), (rows, columns), (kernel,))
+    return Block(
+        ((Diagonal(plan.sum(2)), plan), (plan.mT, Diagonal(plan.sum(1)))), (rows, columns), (kernel,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -398,7 +414,10 @@ def plan_block(plan: Tensor) -> Block:
         ("two corners, the second larger", (1,)),
         ("two corners of equal size", (0,)),
         ("two uncoupled corners round a dense block", (0, 2)),
-        ("a chain of corners", (0, 2)),  # 2 + 3 entries, and equally many in the middle: the pair is no larger
+        (
+            "a chain of corners",
+            (0, 2),
+        ),  # 2 + 3 entries, and equally many in the middle: the pair is no larger
         ("a remainder of two kinds", (0,)),
         ("corners without coupling", (0, 1)),
         ("three marginals", (2,)),
@@ -462,7 +481,9 @@ def test_woodbury_makes_nothing_larger_than_a_shared_factor() -> None:
 def test_unusable_corners_are_solved_densely() -> None:
     """A zero on an eliminated corner: regular, or singular with the answer of least norm."""
     first = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [1.0, 1.0, 2.0]], dtype=torch.float64)
-    coupling = torch.tensor([[[1.0], [0.5], [0.3]], [[0.0], [0.5], [0.3]], [[0.2], [0.5], [0.3]]], dtype=torch.float64)
+    coupling = torch.tensor(
+        [[[1.0], [0.5], [0.3]], [[0.0], [0.5], [0.3]], [[0.2], [0.5], [0.3]]], dtype=torch.float64
+    )
     operator = Block(
         ((Diagonal(first), coupling), (coupling.mT, Diagonal(torch.ones(3, 1, dtype=torch.float64)))), (3, 1)
     )
@@ -671,7 +692,10 @@ def test_large_corners_make_schur_worth_it_only_if_they_are_diagonal() -> None:
     two_dense = Block(((Dense(torch.eye(3)[None]), None), (None, Dense(torch.eye(2)[None]))), (3, 2))
     choice = choose(two_dense)
     assert choice.solver.name == "cholesky"
-    assert dict(choice.rejected)["schur"] == "no block on the diagonal of the grid is itself diagonal (dense, dense)"
+    assert (
+        dict(choice.rejected)["schur"]
+        == "no block on the diagonal of the grid is itself diagonal (dense, dense)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -701,7 +725,10 @@ def test_reasons_for_refusing(solver: str, row: str, reason: str) -> None:
 
 def test_schur_refuses_single_blocks_and_products() -> None:
     free = MatrixFree(lambda v: v, 2, 1, torch.float32, CPU)
-    assert SOLVERS["schur"].reject(Block(((Diagonal(torch.ones(1, 2)),),), (2,))) == "the grid has one block only"
+    assert (
+        SOLVERS["schur"].reject(Block(((Diagonal(torch.ones(1, 2)),),), (2,)))
+        == "the grid has one block only"
+    )
     grid = Block(((Diagonal(torch.ones(1, 3)), None), (None, free)), (3, 2))
     assert "products only" in str(SOLVERS["schur"].reject(grid))
 

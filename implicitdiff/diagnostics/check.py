@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.declared import Declared, double, floating, gradient, moving_names
+from implicitdiff.diagnostics.declared import Declared, double, floating, gradient, moving_names, to_double
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error
@@ -60,7 +60,7 @@ class CheckReport:
         return not any(row.verdict.startswith("fail") for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [(row.name, _value(row.value), number(row.tolerance, 1), row.verdict) for row in self.rows]
+        cells = [(row.name, _value(row.value), _value(row.tolerance), row.verdict) for row in self.rows]
         failed = [row.name for row in self.rows if row.verdict.startswith("fail")]
         last = "all is well" if self.ok else f"{len(failed)} failed: {', '.join(failed)}"
         return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT)}\n\n{last}"
@@ -112,11 +112,14 @@ def _line(reason: object) -> str:
 def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
     """Test a problem at its solution for these inputs.
 
-    Tried in this order: the solve itself, stationarity |D_u f - A'lam|, feasibility |h|, the multipliers
-    against the least-squares ones, LICQ (rows of A independent), second order (Hessian of the Lagrangian
-    positive definite along the constraints), finite differences of the solution map through the layer, one
-    direction per input, the structured gradient against the dense formula, and the problem's own `vjp` if
-    there is one. Signs of inequality multipliers come with inequalities.
+    The rows, in this order: "solve" (samples whose status is not OK), "stationarity" and "feasibility" (|D_u
+    L| and |h| over the largest of the terms that cancel, by autograd on the declared functions),
+    "multipliers" (A'lam against the least-squares fit of D_u f), "refined in float64" (the last of the Newton
+    steps that make the solution exact for all that follows), "LICQ" (least over largest singular value of A
+    with rows of length one), "second order" (least over largest eigenvalue of H along the constraints),
+    "finite differences" of the solution map through the layer (one direction per input), "structured against
+    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. Signs
+    of inequality multipliers come with inequalities.
 
     Args:
         problem: The declared problem.
@@ -138,7 +141,8 @@ def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
         # The rows say what the warnings would.
         warnings.simplefilter("ignore", ImplicitDiffWarning)
         try:
-            solution = solve(problem, *inputs, in_dims=in_dims, on_failure="warn")
+            with torch.no_grad():
+                solution = solve(problem, *inputs, in_dims=in_dims, on_failure="warn")
         except ImplicitDiffError as error:
             rows.failed("solve", error)
             return CheckReport(type(problem).__name__, tuple(rows.rows))
@@ -156,7 +160,7 @@ def _residuals(
     """Status, stationarity, feasibility, multipliers, denormal numbers."""
     status = torch.atleast_1d(torch.as_tensor(solution.status))
     names = sorted({Status(int(code)).name for code in status if int(code) != Status.OK})
-    rows.upper("solve: samples that are not OK", float((status != Status.OK).sum()), 0, ", ".join(names))
+    rows.upper("solve", float((status != Status.OK).sum()), 0, ", ".join(names))
     declared = Declared(problem, inputs, in_dims, solution.u)
     held = batch_first(solution, planned.bound.unbatched)
     u = tuple(pytree.tree_leaves(held.u))
@@ -180,13 +184,13 @@ def _residuals(
                 _range_part(declared, b, slope) if declared.size + declared.constraints <= LIMIT else pulled
             )
             worst[2] = max(worst[2], _ratio((pulled - projected).abs(), size))
-    rows.upper("stationarity |D_u L| / largest term", worst[0], tolerance)
+    rows.upper("stationarity", worst[0], tolerance)
     if lam:
-        rows.upper("feasibility |h| / largest term", worst[1], tolerance)
-        rows.upper("multipliers: A'lam against least squares", worst[2], tolerance)
+        rows.upper("feasibility", worst[1], tolerance)
+        rows.upper("multipliers", worst[2], tolerance)
     tiny = sum(int(((leaf != 0) & (leaf.abs() < torch.finfo(leaf.dtype).tiny)).sum()) for leaf in u)
     if tiny:
-        rows.upper("denormal entries of u", tiny, math.inf, "slow: torch.set_flush_denormal(True)")
+        rows.upper("denormal numbers in u", tiny, math.inf, "slow: torch.set_flush_denormal(True)")
 
 
 def _terms(declared: Declared, b: int, multipliers: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,11 +198,11 @@ def _terms(declared: Declared, b: int, multipliers: Tensor | None) -> tuple[Tens
     edge = declared.edge(b)
     with torch.enable_grad():
         u = declared.point(b)
-        slope = gradient(declared.objective(b, u), u).masked_fill(edge, 0)
+        slope = gradient(declared.objective(b, u), u).detach().masked_fill(edge, 0)
         if multipliers is None:
             return slope, torch.zeros_like(slope), slope.new_zeros(0)
         constraint = declared.equality(b, u)
-        pulled = gradient(constraint @ multipliers, u).masked_fill(edge, 0)
+        pulled = gradient(constraint @ multipliers, u).detach().masked_fill(edge, 0)
     return slope, pulled, constraint.detach()
 
 
@@ -221,17 +225,18 @@ def _derivatives(
 ) -> None:
     """LICQ, second order, finite differences, structured against dense, the user's own vjp."""
     twin = double(problem)
-    inputs = tuple(pytree.tree_map(lambda leaf: leaf.double() if floating(leaf) else leaf, tuple(inputs)))
-    start = pytree.tree_map(lambda leaf: leaf.detach().double(), solution.u)
-    declared = Declared(twin, inputs, in_dims, start)
+    inputs = tuple(pytree.tree_map(to_double, tuple(inputs)))
+    declared = Declared(twin, inputs, in_dims, solution.u)
     if not Reference(declared).feasible:
         rows.not_run(
             "derivatives",
             f"m + p = {declared.size + declared.constraints} is more than {LIMIT}: try smaller inputs",
         )
         return
+    inputs = _made_consistent(inputs, Reference(declared))
+    declared = Declared(twin, inputs, in_dims, solution.u)
     u, step = polish(declared)
-    rows.upper("solution refined in float64: last step", step, 1e-8)
+    rows.upper("refined in float64", step, 1e-8)
     if not step <= 1e-8:
         return
     reference = Reference(declared)
@@ -257,11 +262,15 @@ def _derivatives(
         else:
             rows.upper(f"finite differences: {name}", value, FINITE_DIFFERENCE_TOLERANCE, remark)
     truth = reference.vjp(v)
-    rows.upper(
-        "structured against dense gradient", relative_error(gradients, truth, null), GRADIENT_TOLERANCE
-    )
+    rows.upper("structured against dense", relative_error(gradients, truth, null), GRADIENT_TOLERANCE)
     if problem.declares("vjp"):
         _own_vjp(rows, twin, u, v, inputs, in_dims, truth, null, planned)
+
+
+def _made_consistent(inputs: Sequence[Any], reference: Reference) -> tuple[Any, ...]:
+    """The inputs, moved by what float32 rounding made dependent constraints inconsistent by."""
+    change = iter(reference.consistency())
+    return tuple(pytree.tree_map(lambda leaf: leaf + next(change) if floating(leaf) else leaf, tuple(inputs)))
 
 
 def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
@@ -271,7 +280,7 @@ def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
         dependent = max(sample.null.shape[1] for sample in samples)
         ratio = min(sample.singular_ratio for sample in samples)
         proved = planned.plan.analysis.dependent
-        name = "LICQ: singular values of A, smallest / largest"
+        name = "LICQ"
         if not dependent:
             rows.lower(name, ratio, 1e-11)
         elif dependent <= len(proved):
@@ -280,7 +289,7 @@ def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
         else:
             rows.lower(name, ratio, 1e-11, f"{dependent} dependent rows; gradients are of minimum norm")
     curvature = min(_curvature(sample.hessian, sample.jacobian) for sample in samples)
-    rows.lower("second order: least curvature along the constraints", curvature, 1e-12)
+    rows.lower("second order", curvature, 1e-12)
 
 
 def _curvature(hessian: Tensor, jacobian: Tensor) -> float:
@@ -339,7 +348,7 @@ def _own_vjp(
     def batched(tree: Any) -> Any:
         return pytree.tree_map(lambda leaf: leaf[None], tree) if planned.bound.unbatched else tree
 
-    name = "the problem's own vjp against dense"
+    name = "vjp against dense"
     try:
         given = hand_gradients(problem, batched(u), batched(v), inputs, in_dims)
     except (ImplicitDiffError, RuntimeError, TypeError, ValueError, AttributeError) as error:

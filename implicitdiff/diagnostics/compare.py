@@ -14,7 +14,7 @@ from typing import Any
 
 from implicitdiff.diagnostics.contest import Row, contest
 from implicitdiff.diagnostics.meter import format_bytes
-from implicitdiff.diagnostics.tables import number, require_matplotlib, seconds, table
+from implicitdiff.diagnostics.tables import number, pairs, require_matplotlib, seconds, table
 from implicitdiff.errors import OptionError
 from implicitdiff.plan import BACKWARDS
 from implicitdiff.problem import Problem, require_problem
@@ -47,16 +47,17 @@ class Comparison:
 
     def __str__(self) -> str:
         cells = [_cells(row) for row in self.rows]
-        header, right = _HEADER, _HEADER[2:8]
+        header: tuple[str, ...] = _HEADER
+        right = _HEADER[2:8]
         if any(row.setting for row in self.rows):
             header = ("setting", *header)
             places = [", ".join(f"{name} = {value}" for name, value in row.setting) for row in self.rows]
             cells = [(place, *cell) for place, cell in zip(places, cells, strict=True)]
-        notes = [f"  {label}: {row.note}" for label, row in _labelled(self.rows) if row.note]
-        explained = "\n" + "\n".join(dict.fromkeys(notes)) + "\n" if notes else ""
+        notes = list(dict.fromkeys((row.backward, row.note) for row in self.rows if row.note))
+        explained = f"\n{pairs(notes)}\n" if notes else ""
         title, body = f"backward passes of {self.problem}", table(header, cells, right)
         last = f"error: against {self.reference}\ntime: one backward, one thread, median in alternation"
-        last += " (* of fewer than 7)" if any(0 < row.pairs < 7 for row in self.rows) else ""
+        last += " (* of fewer than 7)" if any(0 < row.rounds < 7 for row in self.rows) else ""
         return f"{title}\n\n{body}\n{explained}\n{last}\n{self.verdict}"
 
     def to_csv(self, path: str | Path | None = None) -> str:
@@ -92,14 +93,10 @@ class Comparison:
 _HEADER = ("backward", "solver", "error", "time", "ratio", "peak", "bytes", "FLOPs")
 
 
-def _labelled(rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    return [(row.backward, row) for row in rows]
-
-
 def _cells(row: Row) -> tuple[str, ...]:
     if row.seconds is None:
         return (row.backward, row.solver or "-", "-", "not run", "-", "-", "-", "-")
-    star = "*" if row.pairs < 7 else ""
+    star = "*" if row.rounds < 7 else ""
     return (
         row.backward,
         row.solver or "-",
@@ -143,7 +140,7 @@ def compare(
     backwards: Sequence[str] = DEFAULT,
     cotangent: Any = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
-    pairs: int = 9,
+    rounds: int = 9,
     memory_limit: int = 4 * 2**30,
 ) -> Comparison:
     """Run several backward passes of one problem at the same solution and compare them.
@@ -151,7 +148,7 @@ def compare(
     The problem is solved once; every backward starts from that u, with the same cotangent, through the layer.
     Only "unrolled" has to run its own forward, so its u is its own. All floating inputs get a gradient,
     unless some of them
-    require one and others do not: then those that do. With one thread, `pairs` rounds; in each round every
+    require one and others do not: then those that do. With one thread, `rounds` rounds; in each of them every
     backward runs once. At gamma >= 100 or so optimal transport has denormal numbers, which slow every pass
     down by up to 60
     times: call torch.set_flush_denormal(True) before.
@@ -165,7 +162,7 @@ def compare(
         cotangent: A pytree like u; None: standard normal numbers, seeded.
         sweep: {name: values}: compare at every combination, as `compare(p, lambda n: (torch.randn(8, 3, n),),
             sweep={"n": [16, 64, 256]})`.
-        pairs: Rounds of timing; a backward that takes seconds gets fewer.
+        rounds: Rounds of timing; a backward that takes seconds gets fewer.
         memory_limit: Bytes; a dense backward that would need more is not run.
 
     Returns:
@@ -182,7 +179,7 @@ def compare(
     if not backwards:
         raise OptionError(f"backwards is empty; choose from {', '.join(BACKWARDS)}")
     if sweep is None:
-        rows, reference = contest(problem, inputs, in_dims, backwards, cotangent, pairs, memory_limit)
+        rows, reference = contest(problem, inputs, in_dims, backwards, cotangent, rounds, memory_limit)
         return Comparison(type(problem).__name__, tuple(rows), reference)
     make = _maker(inputs, cotangent)
     rows, reference = [], ""
@@ -190,7 +187,7 @@ def compare(
         setting = tuple(zip(sweep, values, strict=True))
         made = make(**dict(setting))
         made = made if isinstance(made, tuple) else (made,)
-        part, reference = contest(problem, made, in_dims, backwards, None, pairs, memory_limit)
+        part, reference = contest(problem, made, in_dims, backwards, None, rounds, memory_limit)
         rows += [replace(row, setting=setting) for row in part]
     return Comparison(type(problem).__name__, tuple(rows), reference)
 

@@ -44,7 +44,7 @@ class Row:
         bytes: Bytes read and written.
         flops: Floating point operations.
         note: What there is to say: why it did not run, what its gradient leaves out.
-        pairs: Rounds it was timed in.
+        rounds: Rounds it was timed in.
         exact: Whether the error is that of rounding (True without a reference).
         setting: (name, value) of a sweep.
     """
@@ -58,7 +58,7 @@ class Row:
     bytes: int | None = None
     flops: int | None = None
     note: str = ""
-    pairs: int = 0
+    rounds: int = 0
     exact: bool = True
     setting: tuple[tuple[str, Any], ...] = ()
 
@@ -92,7 +92,7 @@ def contest(
     in_dims: Any,
     backwards: Sequence[str],
     cotangent: Any,
-    pairs: int,
+    rounds: int,
     memory_limit: int,
 ) -> tuple[list[Row], str]:
     """All rows for one set of inputs, and what their errors are measured against."""
@@ -109,11 +109,11 @@ def contest(
         rows: list[Row] = []
         entries: dict[int, _Entry] = {}
         for position, name in enumerate(backwards):
-            found = _enter(setup, name, truth, pairs)
+            found = _enter(setup, name, truth, rounds)
             rows.append(found.row if isinstance(found, _Entry) else found)
             if isinstance(found, _Entry):
                 entries[position] = found
-        readings = _alternate(entries, pairs)
+        readings = _alternate(entries, rounds)
     first = next(iter(entries), None)
     for position, taken in readings.items():
         base = readings[first] if first is not None else taken
@@ -122,7 +122,7 @@ def contest(
             rows[position],
             seconds=statistics.median(taken),
             ratio=statistics.median(ratios),
-            pairs=len(taken),
+            rounds=len(taken),
         )
     return rows, truth.what
 
@@ -197,15 +197,15 @@ def _structured_directions(setup: _Setup, declared: Declared) -> list[Direction]
 # One row
 
 
-def _enter(setup: _Setup, name: str, truth: _Truth, pairs: int) -> _Entry | Row:
+def _enter(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row:
     """Run a backward once, measure it and make it ready to be timed; a Row with the reason if it cannot."""
     try:
-        return _entry(setup, name, truth, pairs)
+        return _entry(setup, name, truth, rounds)
     except (ImplicitDiffError, MemoryError, torch.OutOfMemoryError) as error:
         return Row(name, "", note=" ".join(f"not run: {type(error).__name__}: {error}".split()))
 
 
-def _entry(setup: _Setup, name: str, truth: _Truth, pairs: int) -> _Entry | Row:
+def _entry(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row:
     needed = _dense_bytes(setup) if name in ("dense", "approximate") else 0
     if needed > setup.memory_limit:
         limit = format_bytes(setup.memory_limit)
@@ -238,7 +238,7 @@ def _entry(setup: _Setup, name: str, truth: _Truth, pairs: int) -> _Entry | Row:
     )
     row = _described(setup, Row(name, solver), found, leaves, truth, cost, _saved(forward, outputs))
     loops = max(1, min(50, math.ceil(_FAST / max(taken, 1e-7))))
-    return _Entry(replace(row, pairs=max(1, min(pairs, int(_SLOW_TOTAL / max(taken, 1e-7))))), run, loops)
+    return _Entry(replace(row, rounds=max(1, min(rounds, int(_SLOW_TOTAL / max(taken, 1e-7))))), run, loops)
 
 
 def _described(
@@ -316,11 +316,11 @@ def _time(run: Callable[[], Any], loops: int) -> float:
     return (time.perf_counter() - start) / loops
 
 
-def _alternate(entries: dict[int, _Entry], pairs: int) -> dict[int, list[float]]:
+def _alternate(entries: dict[int, _Entry], rounds: int) -> dict[int, list[float]]:
     """Readings of each backward, one per round, all of them in each round."""
     readings: dict[int, list[float]] = {position: [] for position in entries}
-    for turn in range(pairs):
+    for turn in range(rounds):
         for position, entry in entries.items():
-            if turn < entry.row.pairs:
+            if turn < entry.row.rounds:
                 readings[position].append(_time(entry.run, entry.loops))
     return readings

@@ -145,8 +145,10 @@ def gradients(value: Tensor, of: Sequence[Tensor], create_graph: bool = False) -
     wanted = [tensor for tensor in of if tensor.requires_grad]
     if not value.requires_grad or not wanted:
         return [torch.zeros_like(tensor) for tensor in of]
-    options = {"create_graph": create_graph, "allow_unused": True, "retain_graph": True}
-    found = iter(torch.autograd.grad(value, wanted, **options))
+    every = torch.autograd.grad(
+        value, wanted, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    found = iter(every)
     all_found = [next(found) if tensor.requires_grad else None for tensor in of]
     return [torch.zeros_like(t) if g is None else g for g, t in zip(all_found, of, strict=True)]
 
@@ -157,8 +159,9 @@ def jacobian(values: Tensor, of: Tensor) -> Tensor:
     if values.requires_grad:
         start = 0
         for units in unit_rows(values, of.numel()):
-            options = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
-            part = torch.autograd.grad(values, of, units, **options)[0]
+            (part,) = torch.autograd.grad(
+                values, of, units, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
             if part is not None:
                 matrix[start : start + units.shape[0]] = part.detach()
             start += units.shape[0]

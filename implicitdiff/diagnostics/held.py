@@ -67,7 +67,7 @@ def held_at(problem: Problem, solution: Solution) -> Problem:
 
 
 @functools.lru_cache(maxsize=256)
-def _held_class(kind: type[Problem]) -> type[Problem]:
+def _held_class(kind: type) -> type[Problem]:
     # One class for each class of problems and no closure over tensors, so that plans are found again in the
     # cache and nothing keeps a solution alive.
     return type(

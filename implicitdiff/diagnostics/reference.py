@@ -168,7 +168,21 @@ class Reference:
         Dependent constraints can be met only by inputs that move along with each other, so gradients of those
         inputs are compared modulo these rows, and finite differences run orthogonally to them.
         """
-        rows = []
+        return self._dependences()[0]
+
+    def consistency(self) -> list[Tensor]:
+        """The least change of each member of `Declared.moving` that makes dependent constraints consistent.
+
+        Inputs in float32 meet a dependence (equal totals of r and c) up to rounding only, which float64 sees.
+        """
+        rows, defects = self._dependences()
+        change = -torch.linalg.pinv(rows, rtol=1e-9) @ defects
+        pieces = change.split([leaf.numel() for leaf in self.declared.moving])
+        return [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, self.declared.moving, strict=True)]
+
+    def _dependences(self) -> tuple[Tensor, Tensor]:
+        """(rows C'c (k, n), defects c'h (k,)) for all c with A'c = 0 that the inputs move."""
+        rows, defects = [], []
         for b in range(self.declared.batch):
             null = self.matrices(b).null if self.feasible else self._null_by_products(b)
             if not null.shape[1]:
@@ -176,13 +190,16 @@ class Reference:
             with torch.enable_grad():
                 h = self.declared.equality(b, self.declared.point(b))
                 # What some other combination of the constraints gives: below 1e-9 of that is rounding.
-                usual = self._pulled_inputs(
-                    h @ torch.cos(torch.arange(h.numel(), dtype=h.dtype, device=h.device))
-                )
-                found = [self._pulled_inputs(h @ c) for c in null.mT]
-            rows += [row for row in found if float(row.abs().max()) > 1e-9 * float(usual.abs().max())]
+                some = torch.cos(torch.arange(h.numel(), dtype=h.dtype, device=h.device))
+                usual = float(self._pulled_inputs(h @ some).abs().max())
+                found = [(self._pulled_inputs(h @ c), (h @ c).detach()) for c in null.mT]
+            kept = [pair for pair in found if float(pair[0].abs().max()) > 1e-9 * usual]
+            rows += [row for row, _ in kept]
+            defects += [defect for _, defect in kept]
         width = sum(leaf.numel() for leaf in self.declared.moving)
-        return torch.stack(rows) if rows else self.declared.u.new_zeros(0, width)
+        if not rows:
+            return self.declared.u.new_zeros(0, width), self.declared.u.new_zeros(0)
+        return torch.stack(rows), torch.stack(defects)
 
     def _pulled_inputs(self, value: Tensor) -> Tensor:
         return torch.cat([g.reshape(-1) for g in gradients(value, self.declared.moving)])
@@ -196,9 +213,9 @@ class Reference:
             pulled = gradient(h @ along, u, create_graph=True)
             rows = []
             for units in unit_rows(h, u.numel()) if h.numel() else ():
-                options = {"is_grads_batched": True, "retain_graph": True}
-                (down,) = torch.autograd.grad(h, u, units, **options)
-                rows.append(torch.autograd.grad(pulled, along, down, **options)[0])
+                (down,) = torch.autograd.grad(h, u, units, retain_graph=True, is_grads_batched=True)
+                (up,) = torch.autograd.grad(pulled, along, down, retain_graph=True, is_grads_batched=True)
+                rows.append(up)
         gram = torch.cat(rows) if rows else u.new_zeros(0, 0)
         length = gram.diagonal().clamp_min(1e-300).rsqrt()
         values, vectors = torch.linalg.eigh(length[:, None] * gram * length)

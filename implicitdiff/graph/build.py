@@ -18,7 +18,7 @@ Term = tuple[float, Ref]
 
 
 class Builder:
-    """One expression graph: its labels, its table of known expressions, and identities learnt on the way."""
+    """One expression graph: its labels, its table of known expressions."""
 
     def __init__(self) -> None:
         self.labels = Labels()
@@ -81,10 +81,38 @@ class Builder:
         """The node in its own labels."""
         return Ref(node, node.axes)
 
-    def learn(self, ref: Ref, value: Ref) -> None:
-        """From now on the expression `ref` is built as `value` (labels of `value` within those of `ref`)."""
-        names = dict(zip(ref.labels, ref.node.axes, strict=True))
-        self.alias[ref.node.id] = value.rename(names)
+    def replaced(self, refs: Sequence[Ref], zeros: Iterable[Ref]) -> list[Ref]:
+        """`refs` built again with the expressions `zeros` taken as 0.
+
+        For identities that hold at the values but not for derivatives: apply it to what is differentiated already.
+        """
+        self.alias = {ref.node.id: self.number(0.0) for ref in zeros}
+        memo: dict[Ref, Ref] = {}
+        try:
+            return [self._again(ref, memo) for ref in refs] if self.alias else list(refs)
+        finally:
+            self.alias = {}
+
+    def _again(self, ref: Ref, memo: dict[Ref, Ref]) -> Ref:
+        if ref in memo:
+            return memo[ref]
+        node = ref.node
+        result = ref
+        if node.op in ("prod", "add", "fn", "con"):
+            args, bound = self.open(ref)
+            inner = [self._again(a, memo) for a in args]
+            if node.op == "prod":
+                result = self.mul(list(zip(inner, node.data[1], strict=True)), node.data[0])  # type: ignore[index]
+            elif node.op == "add":
+                result = self.add(list(zip(node.data[1], inner, strict=True)), node.data[0])  # type: ignore[index]
+            elif node.op == "fn":
+                result = self.fn(node.data[0], inner, node.data[1])  # type: ignore[index]
+            elif self.is_zero(inner[0]):
+                result = inner[0]
+            else:
+                result = self.con(inner[0], bound, over_batch=bool(node.data))
+        memo[ref] = result
+        return result
 
     def union(self, refs: Iterable[Ref]) -> list[Label]:
         """The labels of all refs, in the order of the widest one (that decides the memory layout)."""

@@ -43,8 +43,9 @@ class Result:
                 f"{self.name} returned {result!r}, which holds no tensors: return a tensor or a pytree of "
                 "tensors"
             )
-        return [self._real(leaf, name) for leaf, name in zip(leaves, leaf_names(self.spec, "output"),
-        strict=True)]
+        return [
+            self._real(leaf, name) for leaf, name in zip(leaves, leaf_names(self.spec, "output"), strict=True)
+        ]
 
     def _objective(self, result: Any) -> torch.Tensor:
         value = self._real(result, "")
@@ -74,8 +75,10 @@ class Result:
 
 
 def check_dependence(
-    problem: Problem, arguments: Arguments, objective: torch.fx.GraphModule, equality: torch.fx.GraphModule |
-        None
+    problem: Problem,
+    arguments: Arguments,
+    objective: torch.fx.GraphModule,
+    equality: torch.fx.GraphModule | None,
 ) -> None:
     """Raise unless the objective, and each constraint, depends on the variables, and each variable is used.
 
@@ -105,8 +108,8 @@ def check_dependence(
             )
     for position, name in zip(positions, names, strict=True):
         used = depends_on(objective, value, [position]) or any(
-            equality is not None and depends_on(equality, constraint, [position]) for constraint in
-            constraints
+            equality is not None and depends_on(equality, constraint, [position])
+            for constraint in constraints
         )
         if not used:
             raise ProblemDefinitionError(

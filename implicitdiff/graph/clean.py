@@ -5,7 +5,6 @@ Comes in: the graph of ``record.py``, with constants and captured tensors as att
 graph of one sample. Next file to read: ``trace.py``.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,10 +154,8 @@ def _is_uniform_literal(node: torch.fx.Node, tensor: torch.Tensor) -> bool:
 
 
 def _full(graph: torch.fx.Graph, tensor: torch.Tensor) -> torch.fx.Node:
-    kwargs = {"dtype": tensor.dtype, "device": tensor.device, "pin_memory": False}
-    node = graph.call_function(
-        aten.full.default, (list(tensor.shape), tensor.reshape(-1)[0].item()), kwargs
-    )
+    kwargs: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device, "pin_memory": False}
+    node = graph.call_function(aten.full.default, (list(tensor.shape), tensor.reshape(-1)[0].item()), kwargs)
     node.meta["val"] = tensor
     return node
 
@@ -209,9 +206,11 @@ def _is_full_slice(node: torch.fx.Node) -> bool:
     value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
     if not isinstance(value, torch.Tensor):
         return False
-    dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    given: tuple[Any, ...] = tuple(node.args[1:])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, end, step = given + defaults[len(given) :]
     size = value.shape[dim] if value.dim() else 0
-    return start in (None, 0) and (end is None or size <= end <= sys.maxsize) and step == 1
+    return bool(start in (None, 0) and (end is None or end >= size) and step == 1)
 
 
 def _make_contiguous(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

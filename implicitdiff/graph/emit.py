@@ -149,11 +149,11 @@ class Emitter:
         if self.build.as_number(ref) is not None:
             lead = f"*{self.like}.shape[:{prefix}], " if prefix else ""
             return f"{self.like}.new_full(({lead}{_tuple_body(sizes)}), {text})"
-        if operand.prefix < prefix:
-            text = f"{text}[None]" if not set(order) - set(operand.labels) and not sizes else f"{_bracket(text)}[None]"
         if set(order) - set(operand.labels):
-            lead = [str(-1)] * max(operand.prefix, prefix)
+            lead = ["-1"] * operand.prefix
             text = f"{_bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
+        if operand.prefix < prefix:
+            text = _bracket(text) + "[None]" * (prefix - operand.prefix)
         return text
 
     # ---------------------------------------------------------------- nodes

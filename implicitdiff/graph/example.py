@@ -95,8 +95,12 @@ def solution_example(problem: Problem, solution: Any, bound: Bound) -> Example:
 
 
 def _example(
-    leaves: Sequence[Any], spec: Spec, source: str, names: Sequence[str], bound: Bound, error:
-        type[ImplicitDiffError]
+    leaves: Sequence[Any],
+    spec: Spec,
+    source: str,
+    names: Sequence[str],
+    bound: Bound,
+    error: type[ImplicitDiffError],
 ) -> Example:
     """Check the leaves of one sample and strip them of their data."""
     for name, leaf in zip(names, leaves, strict=True):

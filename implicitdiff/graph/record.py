@@ -113,7 +113,9 @@ def arguments_of(
     real = [t.device for t in (*bound.leaves, *bound.tensors) if not t.is_meta]
     home = real[0] if real else torch.device("cpu")
 
-    def facts(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[Fact]:
+    def facts(
+        names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+    ) -> list[Fact]:
         triples = zip(names, tensors, shapes, strict=True)
         return [Fact(n, tuple(s), t.dtype, home if t.is_meta else t.device) for n, t, s in triples]
 
@@ -250,8 +252,8 @@ def _refuse_difference(name: str, first: torch.fx.GraphModule, second: torch.fx.
         if same and node.op == "get_attr":
             same = _same_constant(getattr(first, node.target), getattr(second, other.target))
         if not same:
-            line = next((str(n.meta["user_line"]) for n in (node, *node.users) if n.meta.get(
-                "user_line")), ""
+            line = next(
+                (str(n.meta["user_line"]) for n in (node, *node.users) if n.meta.get("user_line")), ""
             )
             at = f" at {line}" if line else ""
             raise RandomnessError(f"{name} does something else when it is called again{at}: {_DRAW_BEFORE}")

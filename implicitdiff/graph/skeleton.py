@@ -40,11 +40,12 @@ class _Copier:
         self._twins: dict[int, Any] = {}
 
     def twin(self, value: Any) -> Any:
-        """The copy of one object. Cyclic ones (a module that holds itself) are entered before they are filled."""
+        """The copy of one object; cyclic ones (a module that holds itself) are noted first, then filled."""
         if isinstance(value, torch.Tensor):
             return self._replacements.get(id(value), value)
         if id(value) in self._twins:
             return self._twins[id(value)]
+        result: Any
         match value:
             case torch.jit.ScriptModule():
                 return value  # its state lives in C++: its tensors are found in the graph by identity

@@ -149,8 +149,8 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
         for hook, module in raw.items():
             lift_attributes(results[hook].name, module, captured)
         functions = {
-            hook: _function(hook, finish(module, len(arguments.facts), captured)) for hook, module in
-                raw.items()
+            hook: _function(hook, finish(module, len(arguments.facts), captured))
+            for hook, module in raw.items()
         }
         objective, equality = functions["objective"], functions.get("equality")
         if equality is not None and not any(math.prod(shape) for shape in equality.output_shapes):
@@ -180,10 +180,14 @@ def _function(hook: str, module: torch.fx.GraphModule) -> TracedFunction:
 
 def _placeholders(arguments: Arguments, captured: Sequence[torch.Tensor]) -> tuple[Placeholder, ...]:
     bound = arguments.bound
-    roles = ["variable"] * arguments.variables + ["input"] * len(bound.leaves) + ["tensor"] * len(bound.tensors)
+    counts = {"variable": arguments.variables, "input": len(bound.leaves), "tensor": len(bound.tensors)}
+    roles = [role for role, count in counts.items() for _ in range(count)]
     batched = [True] * arguments.variables + list(bound.batched) + [False] * len(bound.tensors)
     facts = zip(arguments.facts, roles, batched, strict=True)
     return (
         *(Placeholder(f.name, role, f.shape, f.dtype, flag) for f, role, flag in facts),
-        *(Placeholder(f"captured[{i}]", "tensor", tuple(t.shape), t.dtype, False) for i, t in enumerate(captured)),
+        *(
+            Placeholder(f"captured[{i}]", "tensor", tuple(t.shape), t.dtype, False)
+            for i, t in enumerate(captured)
+        ),
     )

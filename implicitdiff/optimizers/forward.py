@@ -91,7 +91,7 @@ def solve_forward(
         allowed = tolerance(plan.trace.variables[0].dtype, tol)
         if batch == 0:
             return _empty(plan, bound.device)
-        start = None if init is None else check_start(plan, init, batch, "init=")
+        start = None if init is None else check_start(plan, init, batch, bound.device, "init=")
         if optimizer is None and problem.declares("solve"):
             if start is not None and not takes_start(problem):
                 raise OptionError(

@@ -107,7 +107,7 @@ def _call(
         found = plain.solve(*inputs)
     else:
         found = plain.solve(*inputs, init=unflatten(start, plan.trace.variable_spec))
-    return checked_solution(f"solve of {type(problem).__name__}", plan, found, batch)
+    return checked_solution(f"solve of {type(problem).__name__}", plan, found, batch, bound.device)
 
 
 def initial_leaves(problem: Problem, plan: Plan, bound: Bound, theta: Leaves, batch: int) -> Leaves:
@@ -132,7 +132,7 @@ def initial_leaves(problem: Problem, plan: Plan, bound: Bound, theta: Leaves, ba
         spec = plan.trace.variable_spec
         try:
             vmapped = torch.func.vmap(one, in_dims=tuple(0 if flag else None for flag in flags[:count]))
-            return check_start(plan, vmapped(*theta[:count]), batch, what)
+            return check_start(plan, vmapped(*theta[:count]), batch, bound.device, what)
         except SolutionError:
             raise
         except _NOT_VMAPPABLE:
@@ -143,5 +143,5 @@ def initial_leaves(problem: Problem, plan: Plan, bound: Bound, theta: Leaves, ba
         tree = _plain(problem, plan, bound, sample).init(
             *unflatten_inputs(sample[:count], bound.constants, bound.spec)
         )
-        rows.append([leaf[None] for leaf in checked_leaves(what, plan, tree, None)])
-    return check_start(plan, tuple(torch.cat(leaves) for leaves in zip(*rows, strict=True)), batch, what)
+        rows.append([leaf[None] for leaf in checked_leaves(what, plan, tree, None, bound.device)])
+    return tuple(torch.cat(leaves) for leaves in zip(*rows, strict=True))

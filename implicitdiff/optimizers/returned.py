@@ -29,7 +29,7 @@ class Proposal:
     iterations: Tensor | None
 
 
-def checked_solution(what: str, plan: Plan, found: Any, batch: int) -> Proposal:
+def checked_solution(what: str, plan: Plan, found: Any, batch: int, device: torch.device) -> Proposal:
     """The return value of `solve`: u, or a Solution.
 
     Args:
@@ -37,13 +37,13 @@ def checked_solution(what: str, plan: Plan, found: Any, batch: int) -> Proposal:
         plan: For the structure, shapes and dtypes.
         found: What the hook returned.
         batch: B.
+        device: That of the inputs.
 
     Raises:
         SolutionError: Wrong structure, shape, dtype, device, or something that is no tensor.
     """
     solution = found if isinstance(found, Solution) else Solution(found)
-    u = checked_leaves(what, plan, solution.u, batch)
-    device = u[0].device
+    u = checked_leaves(what, plan, solution.u, batch, device)
     lam: Leaves | None = None
     if solution.equality_multipliers is not None:
         if plan.trace.equality is None or plan.trace.equality_spec is None:
@@ -69,7 +69,7 @@ def checked_solution(what: str, plan: Plan, found: Any, batch: int) -> Proposal:
     )
 
 
-def checked_leaves(what: str, plan: Plan, tree: Any, batch: int | None) -> Leaves:
+def checked_leaves(what: str, plan: Plan, tree: Any, batch: int | None, device: torch.device) -> Leaves:
     """The leaves of u, (B, *shape), or (*shape) of one sample where `batch` is None.
 
     Raises:
@@ -79,7 +79,6 @@ def checked_leaves(what: str, plan: Plan, tree: Any, batch: int | None) -> Leave
     variables = plan.trace.variables
     leaves = flatten_like(tree, plan.trace.variable_spec, what)
     names = leaf_names(plan.trace.variable_spec, "u")
-    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
     return tuple(
         _tensor(what, name, leaf, (*lead, *variable.shape), variable.dtype, device)
         for name, leaf, variable in zip(names, leaves, variables, strict=True)
@@ -117,7 +116,7 @@ def _per_sample(what: str, name: str, value: Any, batch: int, device: torch.devi
     return _tensor(what, name, value, (batch,), value.dtype, device)
 
 
-def check_start(plan: Plan, leaves: Sequence[Tensor], batch: int, what: str) -> Leaves:
+def check_start(plan: Plan, leaves: Sequence[Tensor], batch: int, device: torch.device, what: str) -> Leaves:
     """The leaves of a start as they are, if they fit the variables.
 
     Raises:
@@ -127,7 +126,7 @@ def check_start(plan: Plan, leaves: Sequence[Tensor], batch: int, what: str) -> 
         raise SolutionError(
             f"{what} has {len(leaves)} leaves, expected {len(plan.trace.variables)}, one per variable"
         )
-    return checked_leaves(what, plan, unflatten(tuple(leaves), plan.trace.variable_spec), batch)
+    return checked_leaves(what, plan, unflatten(tuple(leaves), plan.trace.variable_spec), batch, device)
 
 
 def joined(parts: Sequence[Proposal]) -> Proposal:

@@ -154,10 +154,16 @@ def from_columns(columns: Tensor, shape: torch.Size) -> Tensor:
 
 
 def blank(solution: Tensor, rhs: Tensor, lost: Tensor) -> Tensor:
-    """Return the solution with NaN in the lost samples, but zero where their right-hand side is exactly zero."""
+    """Return the solution with NaN in what is lost, but zero where the right-hand side is exactly zero.
+
+    Args:
+        solution: (..., B, m), or (..., B, nb, s) by blocks.
+        rhs: the same shape.
+        lost: (B,), or (B, nb) by blocks.
+    """
     silent = (rhs == 0).all(-1, keepdim=True)
     filler = torch.where(silent, 0.0, torch.nan).to(solution.dtype)
-    return torch.where(lost[:, None], filler, solution)
+    return torch.where(lost[..., None], filler, solution)
 
 
 def relative_residual(operator: LinearOperator, solution: Tensor, rhs: Tensor) -> Tensor:

@@ -40,6 +40,16 @@ def unusable(diagonal: Tensor) -> Tensor:
     return ~torch.isfinite(diagonal) | (diagonal == 0)
 
 
+def examine(diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which samples have an unusable entry and which have positive entries only, both (B,) bool."""
+    # One pass settles the normal case, in which all entries are positive.
+    lowest, highest = torch.aminmax(diagonal, dim=-1)
+    positive = (lowest > 0) & (highest < torch.inf)
+    if bool(positive.all()):
+        return torch.zeros_like(positive), positive
+    return unusable(diagonal).any(-1), positive
+
+
 class DiagonalFactorization(Factorization):
     """x_i = b_i / d_i.
 
@@ -49,11 +59,10 @@ class DiagonalFactorization(Factorization):
 
     def __init__(self, diagonal: Tensor) -> None:
         """Keep the diagonal, (B, m) or (B, 1)."""
-        bad = unusable(diagonal).any(-1)
+        bad, self.definite = examine(diagonal)
         self._diagonal = diagonal
         self._has_bad = bool(bad.any())
         self.status = torch.where(bad, int(Status.SINGULAR), int(Status.OK)).to(torch.int8)
-        self.definite = (diagonal > 0).all(-1) & ~bad
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return rhs / d, (..., B, m)."""

@@ -24,7 +24,7 @@ from implicitdiff.operators.products import batched_matvec, weighted_product
 from implicitdiff.solvers.base import ColumnFactorization, Cost, Factorization, LinearSolver, blank
 from implicitdiff.solvers.cholesky import CholeskyFactorization
 from implicitdiff.solvers.condition import suspicion_level
-from implicitdiff.solvers.divide import diagonal_entries, unusable
+from implicitdiff.solvers.divide import diagonal_entries, examine, unusable
 from implicitdiff.solvers.formation import formation_cost
 from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.lu import LUFactorization
@@ -87,8 +87,8 @@ class SchurFactorization(Factorization):
         bad = torch.zeros_like(self.status, dtype=torch.bool)
         positive = torch.ones_like(bad)
         for diagonal in corners.values():
-            bad = bad | unusable(diagonal).any(-1)
-            positive = positive & (diagonal > 0).all(-1)
+            unusable_here, positive_here = examine(diagonal)
+            bad, positive = bad | unusable_here, positive & positive_here
         any_bad = bool(bad.any())
         self._inverse = {
             e: torch.where(unusable(d), 1.0, d).reciprocal() if any_bad else d.reciprocal()
@@ -116,8 +116,7 @@ class SchurFactorization(Factorization):
         if bool(negative.any()):
             complement *= self._sign[:, :, None]
         if self._kernel is not None:
-            places = torch.cat([torch.arange(s.start, s.stop) for s in _places(operator, split.remaining)])
-            remaining = self._kernel.restrict(places.to(operator.device))
+            remaining = self._kernel.restrict([operator.slices[i] for i in split.remaining])
             # Where the stated kernel is all there is, S is nothing but rounding and so is its mean.
             lift = torch.maximum(mean.abs(), small)
             remaining.deflate_(complement, lift)
@@ -233,10 +232,6 @@ def _entries(corner: LinearOperator) -> Tensor:
     return entries
 
 
-def _places(operator: Block, blocks: tuple[int, ...]) -> list[slice]:
-    return [operator.slices[i] for i in blocks]
-
-
 class Schur(LinearSolver):
     """The Schur complement on what is left when the largest jointly diagonal set of blocks is eliminated."""
 
@@ -282,8 +277,8 @@ class Schur(LinearSolver):
         factor = (1 if operator.symmetric else 2) * side**2 * (side + 6) // 3
         formed = [formation_cost(operator.corners[i]) for i in split.remaining]
         own = Cost(
-            batch * (flops + factor),
-            batch * (moved + 6 * side**2) * item,
+            batch * (flops + factor + 2 * operator.size),
+            batch * (moved + 6 * side**2 + 6 * operator.size) * item,
             batch * (side**2 + max(copy, side**2) + 3 * operator.size) * item,
         )
         dense = [

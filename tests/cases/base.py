@@ -24,7 +24,8 @@ BLOCKS = frozenset({"block-cholesky"})
 LOW_RANK = frozenset({"woodbury", "cholesky", "lu"})
 DENSE = frozenset({"cholesky", "lu", "ldl"})
 SCHUR = frozenset({"schur"})
-DENSE_KKT = frozenset({"schur", "ldl", "lu"})
+ONE_ROW = frozenset({"divide", "schur"})  # S is a number
+DENSE_KKT = frozenset({"schur", "cholesky", "ldl", "lu"})
 
 
 class Draw:
@@ -75,6 +76,7 @@ class Case:
         consistent: Maps free inputs to inputs for which dependent constraints can be met (r -> r / sum r); a
             gradient is checked against finite differences through it.
         dependent: The constraints depend on each other: some gradients are defined modulo a null space only.
+        may_fall_back: Some operation may have no rule, and the dense rung is then right.
         own_solver: The problem's own `solve` is used in place of the oracle's Newton.
         built_in: The name of the case whose kinds and solver must be found here too (strangers' versions).
         notes: What the case is there for.
@@ -90,6 +92,7 @@ class Case:
     solvers: frozenset[str] = frozenset()
     consistent: Callable[..., tuple[Any, ...]] | None = None
     dependent: bool = False
+    may_fall_back: bool = False
     own_solver: bool = False
     built_in: str | None = None
     notes: str = ""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import DENSE_KKT, SCHUR, Case, Draw, Sizes
+from tests.cases.base import DENSE_KKT, ONE_ROW, Case, Draw, Sizes
 
 
 class Sphere(idf.Problem):
@@ -84,7 +84,7 @@ CASES = (
         inputs=lambda draw, sizes: (draw.normal(*sizes) + 0.5,),
         sizes=((4,), (2,), (1,)),
         hessian="scaled-identity",
-        solvers=SCHUR,
+        solvers=ONE_ROW,
         notes="D_uu f = 0: H is -2 lambda I",
     ),
     Case(
@@ -97,17 +97,17 @@ CASES = (
         ),
         sizes=((4,), (2,), (1,)),
         hessian="diagonal",
-        solvers=SCHUR,
+        solvers=ONE_ROW,
         notes="the constraint's curvature depends on an input",
     ),
     Case(
         name="exponential-constraints",
         make_problem=Exponentials,
         inputs=_exponentials,
-        sizes=((5, 2), (3, 1)),
+        sizes=((5, 2), (4, 3), (3, 1)),
         hessian="diagonal",
         schur="dense",
-        solvers=SCHUR,
+        solvers=DENSE_KKT,
         notes="H sums the curvature of all constraints, weighted by their multipliers",
     ),
     Case(

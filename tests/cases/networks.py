@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import Case, Draw, Sizes
+from tests.cases.base import DENSE, LOW_RANK, Case, Draw, Sizes
 
 
 class InverseNetwork(idf.Problem):
@@ -61,6 +61,8 @@ CASES = (
         make_problem=lambda: InverseNetwork(3, 4, 5, mu=0.0),
         inputs=lambda draw, _: (0.3 * draw.normal(5),),
         sizes=((3, 4, 5),),
+        hessian="dense",
+        solvers=DENSE,
         notes="no ridge: only the fit makes H positive definite",
     ),
     Case(
@@ -68,6 +70,8 @@ CASES = (
         make_problem=lambda: InverseNetwork(5, 3, 2, mu=0.4),
         inputs=lambda draw, _: (0.5 * draw.normal(2),),
         sizes=((5, 3, 2),),
+        hessian="low-rank-plus-diagonal",
+        solvers=LOW_RANK,
         notes="rank 3 < m = 5, two low-rank terms with the same outer factor W1; wrong by 7 % when split by "
         "which factor mentions the row label",
     ),
@@ -76,6 +80,8 @@ CASES = (
         make_problem=InputNetwork,
         inputs=_layers,
         sizes=((4, 3, 2), (3, 3, 3), (3, 1, 2), (1, 3, 2), (1, 1, 1)),
+        hessian="low-rank-plus-diagonal",
+        solvers=LOW_RANK,
         notes="both layers and the biases are inputs",
     ),
 )

@@ -1,4 +1,4 @@
-"""Pairwise terms u_i - u_j: one value with two different labellings of the same axis, u used twice."""
+"""Terms that couple entries of u with each other: all pairs, running sums, neighbours."""
 
 import torch
 from torch import Tensor
@@ -29,6 +29,26 @@ class PairwiseSquares(idf.Problem):
         return torch.zeros_like(x)
 
 
+class RunningSums(idf.Problem):
+    """minimise over u  sum_k cosh(u_1 + ... + u_k - y_k) + |u - x|^2 / 2,  x and y (m,)."""
+
+    def objective(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cosh(torch.cumsum(u, 0) - y).sum() + 0.5 * ((u - x) ** 2).sum()
+
+    def init(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class NeighbourDifferences(idf.Problem):
+    """minimise over u  sum_i w_i sqrt(1 + (u_{i+1} - u_i)^2) + |u - x|^2 / 2,  x (m,), w (m - 1,)."""
+
+    def objective(self, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return (w * torch.sqrt(1 + (u[1:] - u[:-1]) ** 2)).sum() + 0.5 * ((u - x) ** 2).sum()
+
+    def init(self, x: Tensor, w: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 CASES = (
     Case(
         name="pairwise-cosh",
@@ -44,7 +64,25 @@ CASES = (
         make_problem=PairwiseSquares,
         inputs=lambda draw, sizes: (draw.normal(*sizes), draw.positive(*sizes)),
         sizes=((5,), (2,), (1,)),
-        solvers=LOW_RANK | DENSE,
+        hessian="low-rank-plus-diagonal",
+        solvers=LOW_RANK,
         notes="H = diag(2 m + 2 c) - 2 11': the dense part has rank 1, provable from constant curvature",
+    ),
+    Case(
+        name="running-sums",
+        make_problem=RunningSums,
+        inputs=lambda draw, sizes: (draw.normal(*sizes), draw.normal(*sizes)),
+        sizes=((4,), (2,)),
+        solvers=DENSE,
+        may_fall_back=True,
+        notes="cumsum ties entries by i <= j, which no label says",
+    ),
+    Case(
+        name="neighbour-differences",
+        make_problem=NeighbourDifferences,
+        inputs=lambda draw, sizes: (draw.normal(*sizes), draw.positive(sizes[0] - 1)),
+        sizes=((5,), (3,), (2,)),
+        may_fall_back=True,
+        notes="u is read through two slices: H is tridiagonal",
     ),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import DENSE_KKT, Case, Draw, Sizes
+from tests.cases.base import ONE_ROW, Case, Draw, Sizes
 
 
 class PairOfVectors(idf.Problem):
@@ -102,6 +102,7 @@ CASES = (
         make_problem=PairOfVectors,
         inputs=lambda draw, sizes: (draw.normal(sizes[0]), draw.normal(sizes[1])),
         sizes=((3, 2), (2, 2), (1, 2), (1, 1)),
+        hessian="block",
         notes="two vectors coupled by a product of their sums",
     ),
     Case(
@@ -109,6 +110,7 @@ CASES = (
         make_problem=AffineClassifier,
         inputs=_classifier,
         sizes=((3, 5), (4, 4), (1, 2)),
+        hessian="block",
         notes="a vector and a 0-dim variable; a dict of inputs",
     ),
     Case(
@@ -132,7 +134,8 @@ CASES = (
         make_problem=SplitSimplex,
         inputs=lambda draw, sizes: ((draw.normal(*sizes), draw.normal()),),
         sizes=((3, 2), (2, 2), (1, 1)),
-        solvers=DENSE_KKT,
+        hessian="diagonal",
+        solvers=ONE_ROW,
         notes="softmax over m n + 1 entries, split in a matrix and a number, with one tuple as input",
     ),
     Case(
@@ -141,7 +144,7 @@ CASES = (
         inputs=_indexed,
         in_dims=(0, None, None),
         sizes=((3,),),
-        hessian="diagonal",
+        may_fall_back=True,
         notes="an integer tensor, a number and None among the inputs get no gradient; x is read by an index",
     ),
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import DENSE_KKT, SCHUR, Case, Draw, Sizes
+from tests.cases.base import DENSE_KKT, Case, Draw, Sizes
 
 
 class Portfolio(idf.Problem):
@@ -105,7 +105,7 @@ CASES = (
         sizes=((5, 2), (3, 3), (4, 1), (1, 1)),
         hessian="diagonal",
         schur="dense",
-        solvers=SCHUR,
+        solvers=DENSE_KKT,
         notes="h is b - A u: the sign of the constraints must not matter",
     ),
 )

@@ -100,7 +100,8 @@ CASES = (
         make_problem=LeastSquares,
         inputs=_tall,
         sizes=((3, 5), (4, 4), (1, 3)),
-        solvers=DENSE | LOW_RANK,
+        hessian="dense",
+        solvers=DENSE,
         notes="no diagonal to add to: Woodbury must not be chosen on a zero diagonal",
     ),
     Case(
@@ -109,7 +110,8 @@ CASES = (
         inputs=_tall,
         in_dims=None,
         sizes=((3, 5), (4, 4)),
-        solvers=DENSE | LOW_RANK,
+        hessian="dense",
+        solvers=DENSE,
         notes="in_dims=None: no batch axis anywhere",
     ),
 )
