@@ -20,7 +20,7 @@ from implicitdiff.attributes import scan
 from implicitdiff.errors import InputError
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.pytrees import Spec, describe, flatten, leaf_names, unflatten
-from implicitdiff.torch_private import is_fake, is_wrapped
+from implicitdiff.torch_private import is_fake, is_wrapped, values_are_readable
 
 InDims: TypeAlias = Any  # int, None, or a pytree prefix of them
 
@@ -148,12 +148,12 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
             "fix dtype and device; pass the data as tensors, or a dummy torch.zeros(())"
         )
     batch = _batch_size(tensors)
-    leaves = tuple(x if d is None else x.movedim(d, 0) for _, x, d in tensors)
+    leaves = tuple(x if d in (None, 0) else x.movedim(d, 0) for _, x, d in tensors)
     batched = tuple(d is not None for _, _, d in tensors)
     leaf_labels = tuple(name for name, _, _ in tensors)
     reachable = scan(problem)
     dtype, device = _shared_dtype(leaf_labels, leaves, reachable.tensors), _shared_device(leaf_labels, leaves)
-    checked = not any(is_fake(x) or is_wrapped(x) for x in leaves)
+    checked = values_are_readable() and not any(is_fake(x) or is_wrapped(x) for x in leaves)
     if checked:
         check_finite(leaf_labels, leaves, batched)
     return Bound(

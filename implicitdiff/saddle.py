@@ -50,11 +50,12 @@ def merged(*status: Tensor) -> Tensor:
 
 
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
-    """max |entry| of each sample over several tensors (B or 1, ...), (B,)."""
+    """max |finite entry| of each sample over several tensors (B or 1, ...), (B,)."""
     out = like.new_zeros(like.shape[:1])
     for tensor in tensors:
         if tensor.numel():
-            out = torch.maximum(out, tensor.abs().reshape(tensor.shape[0], -1).amax(1))
+            finite = torch.where(torch.isfinite(tensor), tensor.abs(), 0.0)
+            out = torch.maximum(out, finite.reshape(tensor.shape[0], -1).amax(1))
     return out
 
 

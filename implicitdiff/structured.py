@@ -8,6 +8,7 @@ the whole KKT matrix is taken, and after that the dense plan. Next file: `plan.p
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from implicitdiff import lowering, operators, saddle, solvers
 from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.stationarity import Stationarity
+from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.graph import rules
 from implicitdiff.graph.emit import Emitted, Emitter, Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
@@ -27,6 +29,7 @@ from implicitdiff.operators import LinearOperator
 from implicitdiff.status import Status
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.structure.probe import agree, direction
 from implicitdiff.structure.report import Analysis
 from implicitdiff.structured_report import report
 from implicitdiff.symbolic_kkt import SymbolicKKT, jacobian_matrix
@@ -54,6 +57,7 @@ class StructuredPlan:
         self._emitted: dict[Any, Emitted] = {}
         self._arguments: dict[Any, tuple[str, ...]] = {}
         self._lock = threading.RLock()
+        self._verdict: bool | None = None
         everything = tuple(p.dtype.is_floating_point for p in (*trace.inputs, *trace.tensors))
         self._vjp(everything, False, False)
         used = set(self._arguments["vjp", everything, False, False])
@@ -149,7 +153,10 @@ class StructuredPlan:
     def value(self, u: Leaves, theta: Leaves) -> Tensor:
         """The objective of each sample, (B,)."""
         self._emit("value", "value", lambda: ([Output("value", self.declared.program.objective, ())], []), "f")
-        return self._run("value", self._values(u, (), theta))[0].expand(u[0].shape[0])
+        found: Tensor = self._run("value", self._values(u, (), theta))[0]
+        if not bool(torch.isfinite(found).all()):
+            found = self._run("value", self._values(_off_zero(u), (), theta))[0]
+        return found.expand(u[0].shape[0])
 
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h, with the largest of the terms that cancel in each."""
@@ -220,6 +227,8 @@ class StructuredPlan:
         self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
     ) -> tuple[Leaves, Leaves, Tensor]:
         """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
+        if self._contradicted(u, lam, theta):
+            return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
         values = self._values(u, lam, theta)
         values.update({self._variable_name("rhs_u", k): t for k, t in enumerate(rhs_u)})
         values.update({self.declared.constraint_leaf_name("rhs_h", k): t for k, t in enumerate(rhs_h)})
@@ -288,6 +297,8 @@ class StructuredPlan:
         self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """A gradient per theta that needs one, and the status of each sample."""
+        if self._contradicted(u, lam, theta):
+            return self.dense.vjp(u, lam, theta, v_u, v_lam, needs)
         values = self._values(u, lam, theta)
         values.update({self._variable_name("v", k): t for k, t in enumerate(v_u)})
         with_lam = v_lam is not None
@@ -298,6 +309,8 @@ class StructuredPlan:
             key = ("vjp", wanted, with_lam, full)
             self._vjp(wanted, with_lam, full)
             out = self._run(key, values)
+            if self._lost(out[:-1], u):
+                out = self._run(key, {**values, **self._values(_off_zero(u), lam, theta)})
             status = self._status(out[-1], u)
             if not bool((status == Status.SINGULAR).any()):
                 break
@@ -308,6 +321,59 @@ class StructuredPlan:
             for need, leaf, t in zip(wanted, self.declared.theta, theta, strict=True)
         )
         return grads, status
+
+    # ---------------------------------------------------------------- the probe
+
+    def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
+        """Whether the one product that is tested, on the first call with data, differs from automatic differentiation."""
+        if self._verdict is None and u[0].shape[0] and not u[0].is_meta:
+            claimed, reference = self._probe(u, lam, theta)
+            self._verdict = not agree(claimed, reference)
+            if self._verdict:
+                warnings.warn(
+                    f"the structure found ({self.analysis.hessian.kind}) contradicts a Hessian-vector product by automatic "
+                    "differentiation; the dense path is taken instead. Please report this as a bug, with the problem.",
+                    StructureMismatchWarning, stacklevel=2,
+                )
+        return bool(self._verdict)
+
+    def _probe(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Leaves]:
+        """K z for the first sample and a fixed z: by the forms, and by automatic differentiation."""
+        one_u, one_lam = tuple(t[:1] for t in u), tuple(t[:1] for t in lam)
+        placeholders = (*self.trace.inputs, *self.trace.tensors)
+        one_theta = tuple(t[:1] if p.batched else t for t, p in zip(theta, placeholders, strict=True))
+        if self.declared.constraints and not lam:
+            one_lam = tuple(u[0].new_zeros(1, *shape) for shape in self.declared.output_shapes)
+        w = tuple(direction(t, 1.0 + k) for k, t in enumerate(one_u))
+        s = tuple(direction(t, 2.0 + k) for k, t in enumerate(one_lam))
+        values = self._values(one_u, one_lam, one_theta)
+        values.update({self._variable_name("rhs_u", k): t[None] for k, t in enumerate(w)})
+        values.update({self.declared.constraint_leaf_name("rhs_h", k): t[None] for k, t in enumerate(s)})
+        self._emit("probe", "kkt_product", self._probe_outputs, "K (w, s)")
+        out = self._run("probe", values)
+        count = len(one_u)
+        claimed = (*(x.expand(1, 1, *x.shape[2:]).reshape(t.shape) for x, t in zip(out, one_u, strict=False)),
+                   *(t[0] for t in self._outputs(out[count:], 2)))
+        product_u, product_h = self.dense.lagrangian.kkt_product(one_u, one_lam, one_theta, w, s)
+        return claimed, (*product_u, *product_h)
+
+    def _probe_outputs(self) -> tuple[list[Output], list[Ref]]:
+        declared, build = self.declared, self.declared.build
+        rows = declared.space.rows
+        w = [Ref(build.leaf(self._variable_name("rhs_u", k), leaf.sizes, STACKED).node, rows[k])
+             for k, leaf in enumerate(declared.variables)]
+        s = [declared.constraint_leaf("rhs_h", c, STACKED) for c in declared.constraints]
+        product_u, product_h = self.kkt.product(w, s)
+        outputs = [Output(f"w{k}", ref, rows[k], prefix=STACKED) for k, ref in enumerate(product_u)]
+        outputs += [Output(c.name, ref, c.labels, prefix=STACKED) for c, ref in zip(declared.constraints, product_h, strict=True)]
+        return outputs, []
+
+    def _lost(self, grads: Sequence[Tensor], u: Leaves) -> bool:
+        """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
+
+        The large gradients are not read again: they have the pattern of w, which is 0 there.
+        """
+        return any(not bool(torch.isfinite(g).all()) for g in grads if g.numel() < u[0].numel())
 
     def _vjp(self, wanted: tuple[bool, ...], with_lam: bool, full: bool) -> Emitted:
         return self._emit(("vjp", wanted, with_lam, full), "backward", lambda: self._vjp_outputs(wanted, with_lam, full),
@@ -389,3 +455,8 @@ class StructuredPlan:
         positions = self._outputs([i[None] for i in index], 1)
         order = torch.cat([p.reshape(-1) for p in positions])
         return rows[:, order]
+
+
+def _off_zero(u: Leaves) -> Leaves:
+    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
+    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)

@@ -15,7 +15,7 @@ from implicitdiff import lowering, solvers
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.emit import call
-from implicitdiff.graph.ir import BATCHED, Label, Ref
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import Steps, range_space
 from implicitdiff.structure import dependence
 from implicitdiff.structure.analyze import Contribution, classify
@@ -192,6 +192,18 @@ class SymbolicKKT:
         if self.route.name == "range-space":
             return self._range_space(a, b, prefix)
         return self._numbers(a, b, prefix)
+
+    def product(self, w: Refs, s: Refs) -> tuple[Refs, Refs]:
+        """K (w, s) = (H w - A's, -A w), H by its form: what the probe tests."""
+        build, form = self.build, self.route.hessian
+        space = form.space
+        operator = lowering.operator(build, form)
+        flat = lowering.pack(build, space, w, space.rows, STACKED)
+        multiplied = call(build, "{0}.matvec({1})", [(operator, (), -1), (flat, flat.labels, STACKED)], flat.labels, STACKED)
+        parts = lowering.unpack(build, space, multiplied, space.rows, [None] * len(space.names))
+        pulled = self._spread(s)
+        return ([build.minus(p, q) for p, q in zip(parts, pulled, strict=True)],
+                [build.scale(-1.0, x) for x in self._constrain(w)])
 
     def least_squares(self, slope: Refs) -> tuple[Refs, Ref]:
         """lam with A A' lam = A slope (for the route of the identity), and its status."""

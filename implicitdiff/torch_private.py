@@ -36,6 +36,7 @@ __all__ = [
     "nested_forward_mode",
     "pytree",
     "tangent_free",
+    "values_are_readable",
 ]
 
 
@@ -64,6 +65,11 @@ def current_graph() -> torch.fx.Graph | None:
         return None
     graph = mode.tracer.graph
     return graph if isinstance(graph, torch.fx.Graph) else None
+
+
+def values_are_readable() -> bool:
+    """Whether eager code runs: no make_fx and no torch.compile is recording, which reading a value would break."""
+    return get_proxy_mode() is None and not torch.compiler.is_compiling()
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .penalties import Rho, slope, slopes
+from .penalties import Penalty, Rho, slope, slopes
 
 REWEIGHTED_STEPS = 30
 NEWTON_STEPS = 100
@@ -74,18 +74,19 @@ class Descent:
         step = self.gradient / torch.where(pulled, self.weight, 1)[..., None]
         return self.u - fraction * torch.where(pulled[..., None], step, 0)
 
-    def not_worse(self, other: "Descent") -> Tensor:
-        """Where the value is lower than the other's or, as far as rounding shows, no higher and the residual
-        smaller.
-
-        A difference of values below their rounding error says nothing (alpha^2 (sqrt(1 + s / alpha^2) - 1)
-        loses all digits at large alpha). Then the trapezoidal rule over the step, (g + g')'(u' - u) / 2,
-        tells the sign.
-        """
+    def lower(self, other: "Descent") -> Tensor:
+        """Where the value is lower than the other's or, if equal up to rounding, the residual."""
         noise = 32 * torch.finfo(other.value.dtype).eps * other.value.abs()
-        downhill = ((self.gradient + other.gradient) * (self.u - other.u)).sum(-1) <= 0
-        no_higher = (self.value <= other.value + noise) | downhill
-        return (self.value < other.value - noise) | (no_higher & (self.residual < other.residual))
+        equal = self.value <= other.value + noise
+        return (self.value < other.value - noise) | (equal & (self.residual < other.residual))
+
+    def reweighted_lower(self, other: "Descent", concave: bool) -> Tensor:
+        """As `lower`, for a reweighted step from the other point.
+
+        If rho is concave in s such a step cannot raise the objective, whatever its rounded value says:
+        alpha^2 (sqrt(1 + s / alpha^2) - 1) loses all digits at large alpha. Then the residual decides.
+        """
+        return self.lower(other) | (concave & (self.residual < other.residual))
 
 
 def tightness(x: Tensor) -> float:
@@ -117,7 +118,7 @@ def _residual(u: Tensor, gradient: Tensor, weight: Tensor, kappa: Tensor, s: Ten
     return torch.where(size == 0, size, size / scale)
 
 
-def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
+def descend(penalty: Penalty, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
     """A local minimiser from a start point, to the rounding error of the gradient.
 
     Reweighted means never raise the objective where rho is concave in s (all of Table 1), and converge fast
@@ -125,7 +126,7 @@ def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
     better.
 
     Args:
-        rho: The penalty.
+        penalty: With what is known about it.
         x: Points (..., m, n).
         alpha: Broadcasts to (..., n).
         start: (..., m), its leading axes those of x or more.
@@ -134,7 +135,7 @@ def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
         Descent. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step, over unfinished samples
         only.
     """
-    tight = tightness(x)
+    rho, tight = penalty.rho, tightness(x)
     here = evaluate(rho, x, alpha, start)
     active = ~(here.residual <= tight)
     for _ in range(REWEIGHTED_STEPS):
@@ -142,7 +143,7 @@ def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
             break
         ahead = evaluate(rho, x, alpha, here.reweighted())
         # A step that raises the objective (a penalty that is not concave in s) is left to Newton.
-        active = active & ahead.not_worse(here)
+        active = active & ahead.reweighted_lower(here, penalty.concave)
         here = ahead.where(active, here)
         active = active & ~(here.residual <= tight)
     rest = (~(here.residual <= tight)).nonzero(as_tuple=True)
@@ -150,7 +151,7 @@ def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
         return here
     samples = start.shape[:-1]
     polished = _newton(
-        rho,
+        penalty,
         x.expand(*samples, *x.shape[-2:])[rest],
         alpha.expand(*samples, 1)[rest],
         here.map(lambda field: field[rest]),
@@ -158,14 +159,14 @@ def descend(rho: Rho, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
     return polished.scattered(rest, into=here)
 
 
-def _newton(rho: Rho, x: Tensor, alpha: Tensor, here: Descent) -> Descent:
+def _newton(penalty: Penalty, x: Tensor, alpha: Tensor, here: Descent) -> Descent:
     """Damped Newton steps for x (k, m, n) and alpha (k, 1), with a reweighted step where one fails.
 
     The damping is per sample: raised where H + damping I is indefinite or its step does no good, lowered after a
     success. A non-convex penalty makes H indefinite over long, nearly flat stretches, on which reweighted steps
     alone are slow.
     """
-    tight = tightness(x)
+    rho, tight = penalty.rho, tightness(x)
     active = ~(here.residual <= tight)
     damping = torch.zeros_like(here.residual)
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
@@ -178,9 +179,9 @@ def _newton(rho: Rho, x: Tensor, alpha: Tensor, here: Descent) -> Descent:
         step = torch.cholesky_solve(here.gradient[..., None], factor)[..., 0]
         usable = active & (failed == 0) & torch.isfinite(step).all(-1)
         ahead = evaluate(rho, x, alpha, here.u - torch.where(usable[:, None], step, 0))
-        success = usable & ahead.not_worse(here)
+        success = usable & ahead.lower(here)
         reweighted = evaluate(rho, x, alpha, here.reweighted())
-        progress = active & ~success & reweighted.not_worse(here)
+        progress = active & ~success & reweighted.reweighted_lower(here, penalty.concave)
         here = ahead.where(success, reweighted.where(progress, here))
         lowered = torch.where(damping > LEAST_DAMPING * unit, DAMPING_FACTOR**-1 * damping, 0)
         raised = torch.maximum(DAMPING_FACTOR * damping, LEAST_DAMPING * unit)

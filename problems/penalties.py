@@ -26,11 +26,13 @@ class Penalty:
         rho: The penalty as a function of the squared residual s, any shape, and of alpha, which broadcasts to
             s.
         convex: Whether sum_j phi(|u - x_j|) is convex in u; if not, pooling tries several starts.
+        concave: Whether rho is concave in s, so that a reweighted mean never raises the objective.
     """
 
     name: str
     rho: Rho
     convex: bool
+    concave: bool
 
 
 def quadratic(s: Tensor, alpha: Tensor) -> Tensor:
@@ -65,11 +67,11 @@ def truncated_quadratic(s: Tensor, alpha: Tensor) -> Tensor:
 PENALTIES: dict[str, Penalty] = {
     penalty.name: penalty
     for penalty in (
-        Penalty("quadratic", quadratic, convex=True),
-        Penalty("pseudo-huber", pseudo_huber, convex=True),
-        Penalty("huber", huber, convex=True),
-        Penalty("welsch", welsch, convex=False),
-        Penalty("truncated-quadratic", truncated_quadratic, convex=False),
+        Penalty("quadratic", quadratic, convex=True, concave=True),
+        Penalty("pseudo-huber", pseudo_huber, convex=True, concave=True),
+        Penalty("huber", huber, convex=True, concave=True),
+        Penalty("welsch", welsch, convex=False, concave=True),
+        Penalty("truncated-quadratic", truncated_quadratic, convex=False, concave=True),
     )
 }
 
@@ -91,7 +93,7 @@ def find_penalty(penalty: str | Rho) -> Penalty:
         raise OptionError(
             f"penalty must be a name or a function rho(s, alpha) of the squared residual, not {penalty!r}"
         )
-    return Penalty(getattr(penalty, "__name__", type(penalty).__name__), penalty, convex=False)
+    return Penalty(getattr(penalty, "__name__", type(penalty).__name__), penalty, convex=False, concave=False)
 
 
 def slopes(rho: Rho, s: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from implicitdiff.errors import InputError, SingularError
 
 from .coefficients import name_samples, per_sample, register, resolve
 from .descent import Descent, descend, lowest, tightness
-from .penalties import PENALTIES, Rho, find_penalty, slopes
+from .penalties import PENALTIES, Penalty, Rho, find_penalty, slopes
 
 POINTS_TRIED = 32
 
@@ -46,7 +46,7 @@ class RobustPooling(Problem):
         super().__init__()
         found = find_penalty(penalty)
         self.penalty = found.name
-        self.convex = found.convex
+        self.convex, self.concave = found.convex, found.concave
         self.rho = found.rho
         register(self, "alpha", alpha)
 
@@ -71,12 +71,13 @@ class RobustPooling(Problem):
         width = per_sample("alpha", self.alpha, alpha, x.shape[0])[..., None]
         if self.rho is PENALTIES["quadratic"].rho:
             return Solution(x.mean(2), status=x.new_zeros(x.shape[0], dtype=torch.int8))
+        known = Penalty(self.penalty, self.rho, self.convex, self.concave)
         if self.convex or x.shape[0] == 0:
-            found = descend(self.rho, x, width, x.mean(2))
+            found = descend(known, x, width, x.mean(2))
         else:
             best_point = _best_point(self.rho, x, width)
             starts = torch.stack([x.mean(2), x.median(2).values, best_point])
-            found = lowest(descend(self.rho, x, width, starts), tightness(x))
+            found = lowest(descend(known, x, width, starts), tightness(x))
         return Solution(found.u, status=_status(found))
 
     def vjp(

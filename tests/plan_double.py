@@ -1,8 +1,8 @@
-"""A plan that shares no code with the library's: torch.func on one sample, in a Python loop over samples.
+"""A plan that shares no code with the library's: autograd on one sample, in a Python loop over samples.
 
 A sample's numbers therefore cannot depend on its neighbours, which is what the tests of the optimizers need.
-`flags` says which inputs are batched; the KKT matrix is inverted by its pseudo-inverse, `shifts` and
-`visited` record the calls.
+`flags` says which inputs are batched; the KKT matrix is inverted by its pseudo-inverse, `shifts` records the
+calls.
 """
 
 import dataclasses
@@ -63,6 +63,35 @@ class OperatorDouble:
         return self.matrix
 
 
+@dataclasses.dataclass(frozen=True)
+class Derivatives:
+    """f, D_u f, D_uu f, h, A and D_uu of each constraint at one point of one sample."""
+
+    f: Tensor
+    slope: Tensor
+    curvature: Tensor
+    h: Tensor
+    jacobian: Tensor
+    curvatures: list[Tensor]
+
+    def lagrangian_hessian(self, nu: Tensor) -> Tensor:
+        total = self.curvature
+        for multiplier, curvature in zip(nu, self.curvatures, strict=True):
+            total = total - multiplier * curvature
+        return total
+
+
+def _jacobian(values: Tensor, z: Tensor) -> Tensor:
+    """Rows d values_i / dz, differentiable, one backward pass each; 0 where there is no dependence."""
+    rows = []
+    for value in values:
+        row = None
+        if value.requires_grad:
+            (row,) = torch.autograd.grad(value, z, create_graph=True, allow_unused=True)
+        rows.append(torch.zeros_like(z) if row is None else row)
+    return torch.stack(rows) if rows else z.new_zeros((0, len(z)))
+
+
 class PlanDouble:
     """The plan of objective(u, *theta) s.t. equality(u, *theta) = 0.
 
@@ -107,7 +136,7 @@ class PlanDouble:
         )
         self.needs_multipliers = True
         self.shifts: list[Tensor | None] = []
-        self.visited: list[Tensor] = []
+        self._known: dict[bytes, Derivatives] = {}
 
     @property
     def m(self) -> int:
@@ -137,36 +166,41 @@ class PlanDouble:
     def _each(self, leaves: Sequence[Tensor], theta: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
         batch = leaves[0].shape[0]
         flat = torch.cat([leaf.reshape(batch, -1) for leaf in leaves], dim=1)
-        self.visited.append(flat)
         return [(flat[i].clone(), self._sample(theta, i)) for i in range(batch)]
 
     def _multipliers(self, lam: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
         return torch.cat([leaf[index].reshape(-1) for leaf in lam]) if lam else like.new_zeros(0)
 
-    def _matrices(self, u: Tensor, lam: Tensor, theta: list[Tensor]) -> tuple[Tensor, Tensor]:
-        hessian = torch.func.hessian(lambda z: self._f(z, theta) - lam @ self._h(z, theta))(u)
-        return hessian, torch.func.jacrev(lambda z: self._h(z, theta))(u)
+    def _at(self, u: Tensor, theta: list[Tensor]) -> Derivatives:
+        key = b"|".join(tensor.detach().numpy().tobytes() for tensor in (u, *theta))
+        if key not in self._known:
+            with torch.enable_grad():
+                z = u.detach().clone().requires_grad_()
+                f, h = self._f(z, theta), self._h(z, theta)
+                slope, jacobian = _jacobian(f[None], z)[0], _jacobian(h, z)
+                curvatures = [_jacobian(row, z).detach() for row in (slope, *jacobian)]
+            self._known[key] = Derivatives(
+                f.detach(), slope.detach(), curvatures[0], h.detach(), jacobian.detach(), curvatures[1:]
+            )
+        return self._known[key]
 
     def value(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
-        return torch.stack([self._f(z, t) for z, t in self._each(u, theta)])
+        return torch.stack([self._at(z, t).f for z, t in self._each(u, theta)])
 
     def stationarity(
         self, u: Sequence[Tensor], lam: Sequence[Tensor], theta: Sequence[Tensor]
     ) -> StationarityDouble:
         gradients, scales, constraints, constraint_scales = [], [], [], []
         for index, (z, t) in enumerate(self._each(u, theta)):
-            nu = self._multipliers(lam, index, z)
-            slope = torch.func.grad(lambda y, t=t: self._f(y, t))(z)
-            hessian, jacobian = self._matrices(z, nu, t)
-            h = self._h(z, t)
-            gradients.append(slope - jacobian.mT @ nu)
-            terms = torch.cat([slope.abs(), (jacobian.mT.abs() @ nu.abs()), hessian.abs() @ z.abs()])
+            nu, at = self._multipliers(lam, index, z), self._at(z, t)
+            gradients.append(at.slope - at.jacobian.mT @ nu)
+            hessian = at.lagrangian_hessian(nu)
+            terms = torch.cat([at.slope.abs(), at.jacobian.mT.abs() @ nu.abs(), hessian.abs() @ z.abs()])
             terms = terms[torch.isfinite(terms)]
             scales.append(terms.max() if len(terms) else z.new_zeros(()))
-            constraints.append(h)
-            constraint_scales.append(
-                torch.maximum(jacobian.abs() @ z.abs(), h.abs()).max() if len(h) else z.new_zeros(())
-            )
+            constraints.append(at.h)
+            size = torch.maximum(at.jacobian.abs() @ z.abs(), at.h.abs())
+            constraint_scales.append(size.max() if len(size) else z.new_zeros(()))
         return StationarityDouble(
             self._leaves(gradients, self.variable_shapes),
             torch.stack(scales),
@@ -184,28 +218,18 @@ class PlanDouble:
     def multipliers(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> tuple[Tensor, ...]:
         rows = []
         for z, t in self._each(u, theta):
-            slope = torch.func.grad(lambda y, t=t: self._f(y, t))(z)
-            jacobian = torch.func.jacrev(lambda y, t=t: self._h(y, t))(z)
-            good = bool(torch.isfinite(jacobian).all())
-            rows.append(
-                torch.linalg.pinv(jacobian.mT) @ slope if good else torch.full_like(jacobian[:, 0], torch.nan)
-            )
+            at = self._at(z, t)
+            good = bool(torch.isfinite(at.jacobian).all())
+            rows.append(torch.linalg.pinv(at.jacobian.mT) @ at.slope if good else at.h * torch.nan)
         return self._leaves(rows, self.constraint_shapes)
 
     def constraint_jacobian(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
-        return torch.stack(
-            [torch.func.jacrev(lambda y, t=t: self._h(y, t))(z) for z, t in self._each(u, theta)]
-        )
+        return torch.stack([self._at(z, t).jacobian for z, t in self._each(u, theta)])
 
     def hessian(self, u: Sequence[Tensor], lam: Sequence[Tensor], theta: Sequence[Tensor]) -> OperatorDouble:
-        return OperatorDouble(
-            torch.stack(
-                [
-                    self._matrices(z, self._multipliers(lam, i, z), t)[0]
-                    for i, (z, t) in enumerate(self._each(u, theta))
-                ]
-            )
-        )
+        points = enumerate(self._each(u, theta))
+        rows = [self._at(z, t).lagrangian_hessian(self._multipliers(lam, i, z)) for i, (z, t) in points]
+        return OperatorDouble(torch.stack(rows))
 
     def kkt_solve(
         self,
@@ -219,7 +243,8 @@ class PlanDouble:
         self.shifts.append(shift)
         tops, bottoms, status = [], [], []
         for index, (z, t) in enumerate(self._each(u, theta)):
-            hessian, jacobian = self._matrices(z, self._multipliers(lam, index, z), t)
+            at = self._at(z, t)
+            hessian, jacobian = at.lagrangian_hessian(self._multipliers(lam, index, z)), at.jacobian
             if shift is not None:
                 hessian = hessian + shift[index] * torch.eye(self.m, dtype=z.dtype)
             p = jacobian.shape[0]
@@ -228,9 +253,7 @@ class PlanDouble:
             )
             rhs = torch.cat([leaf[0, index].reshape(-1) for leaf in (*rhs_u, *rhs_h)])
             finite = bool(torch.isfinite(matrix).all())
-            solved, singular = (
-                self._inverse_times(matrix, rhs) if finite else (torch.full_like(rhs, torch.nan), False)
-            )
+            solved, singular = self._inverse_times(matrix, rhs) if finite else (rhs * torch.nan, False)
             tops.append(solved[: self.m])
             bottoms.append(solved[self.m :])
             status.append(Status.SINGULAR if singular else Status.OK if finite else Status.NONFINITE)

@@ -31,7 +31,7 @@ def traced(problem: idf.Problem, *inputs: Any, in_dims: Any = 0) -> Trace:
 def data(*shape: int, seed: int = 0) -> torch.Tensor:
     """Float64 numbers without symmetry."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def targets(trace: Trace) -> list[str]:

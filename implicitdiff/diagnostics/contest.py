@@ -27,6 +27,7 @@ from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree
 
 _SLOW_TOTAL = 20.0  # seconds that one backward may take over all rounds
+_SLOW = 10.0  # seconds: above this the counted pass is also the one reading
 _FAST = 2e-3  # seconds: a shorter call is repeated until a reading takes about that long
 
 
@@ -65,11 +66,12 @@ class Row:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A backward that runs: the pass itself, what it returned and what it costs."""
+    """A backward that runs: its row so far, the pass itself, calls per reading, and how long the first call took."""
 
     row: Row
     run: Callable[[], Any]
     loops: int
+    first: float
 
 
 @dataclass(frozen=True)
@@ -229,16 +231,20 @@ def _entry(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row
     def run() -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
 
+    start = time.perf_counter()
     found, cost = measure(run)
-    taken = _time(run, 1)
+    counted = time.perf_counter() - start
     solver = (
         ""
         if name in ("hand", "unrolled")
         else plan_of(held, inputs, setup.in_dims, name).plan.analysis.solver
     )
     row = _described(setup, Row(name, solver), found, leaves, truth, cost, _saved(forward, outputs))
-    loops = max(1, min(50, math.ceil(_FAST / max(taken, 1e-7))))
-    return _Entry(replace(row, rounds=max(1, min(rounds, int(_SLOW_TOTAL / max(taken, 1e-7))))), run, loops)
+    if counted > _SLOW:
+        return _Entry(replace(row, rounds=0), run, 1, counted)
+    taken = max(_time(run, 1), 1e-7)
+    row = replace(row, rounds=max(1, min(rounds, int(_SLOW_TOTAL / taken))))
+    return _Entry(row, run, max(1, min(50, math.ceil(_FAST / taken))), taken)
 
 
 def _described(
@@ -323,4 +329,4 @@ def _alternate(entries: dict[int, _Entry], rounds: int) -> dict[int, list[float]
         for position, entry in entries.items():
             if turn < entry.row.rounds:
                 readings[position].append(_time(entry.run, entry.loops))
-    return readings
+    return {position: taken or [entries[position].first] for position, taken in readings.items()}

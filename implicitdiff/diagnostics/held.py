@@ -6,7 +6,6 @@ the inputs, plans, and gradients as lists. Used by `explain.py`, `check.py` and 
 """
 
 import copy
-import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from implicitdiff.plan import Plan, plan_for
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree
 
+_CLASSES: dict[type[Problem], type[Problem]] = {}
 _HELD: weakref.WeakKeyDictionary[Problem, Solution] = weakref.WeakKeyDictionary()
 
 
@@ -66,13 +66,13 @@ def held_at(problem: Problem, solution: Solution) -> Problem:
     return twin
 
 
-@functools.lru_cache(maxsize=256)
-def _held_class(kind: type) -> type[Problem]:
+def _held_class(kind: type[Problem]) -> type[Problem]:
     # One class for each class of problems and no closure over tensors, so that plans are found again in the
     # cache and nothing keeps a solution alive.
-    return type(
-        kind.__name__, (kind,), {"solve": _held_solve, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    )
+    if kind not in _CLASSES:
+        names = {"solve": _held_solve, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _CLASSES[kind] = type(kind.__name__, (kind,), names)
+    return _CLASSES[kind]
 
 
 def _held_solve(self: Problem, *inputs: Any) -> Solution:

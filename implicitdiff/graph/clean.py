@@ -18,6 +18,8 @@ aten = torch.ops.aten
 _LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 _IDENTITIES = (*_LIFTS, aten.alias.default, aten.clone.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
+# What functionalisation makes of writes, and what has no derivative or no batching rule.
+_FILLS = (aten.copy.default, aten.fill.Scalar, aten.fill.Tensor, aten.zero.default)
 META_KEYS = ("val", "user_line")
 
 
@@ -96,9 +98,15 @@ def finish(raw: torch.fx.GraphModule, arguments: int, captured: Captured) -> tor
             node.target = aten.reshape.default
         elif node.target is aten.as_strided.default:
             _make_contiguous(graph, node)
+        elif node.target in _FILLS:
+            _spell_out(graph, node)
+        elif node.target is aten.slice_scatter.default:
+            _bound_end(node, first=2)
         elif node.target in _IDENTITIES or _is_full_slice(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.slice.Tensor:
+            _bound_end(node, first=1)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta = {key: _without_mode(node.meta[key]) for key in META_KEYS if key in node.meta}
@@ -211,6 +219,34 @@ def _is_full_slice(node: torch.fx.Node) -> bool:
     dim, start, end, step = given + defaults[len(given) :]
     size = value.shape[dim] if value.dim() else 0
     return bool(start in (None, 0) and (end is None or end >= size) and step == 1)
+
+
+def _bound_end(node: torch.fx.Node, first: int) -> None:
+    """Replace an end behind the axis, which torch writes for ``u[::2]`` and its own batching rules overflow on."""
+    arguments: list[Any] = list(node.args)
+    value = arguments[0].meta.get("val")
+    if len(arguments) > first + 2 and isinstance(value, torch.Tensor) and arguments[first + 2] is not None:
+        arguments[first + 2] = min(arguments[first + 2], value.shape[arguments[first]])
+        node.args = tuple(arguments)
+
+
+def _spell_out(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Write a fill or a copy of the whole tensor as a plain broadcast of what is written."""
+    value = node.meta["val"]
+    written: Any = node.args[1] if len(node.args) > 1 else 0.0
+    with graph.inserting_before(node):
+        if not isinstance(written, torch.fx.Node):
+            target = node.args[0]
+            assert isinstance(target, torch.fx.Node)
+            result = graph.call_function(aten.full_like.default, (target, written))
+        else:
+            result = graph.call_function(aten.expand.default, (written, list(value.shape)))
+            if written.meta["val"].dtype != value.dtype:
+                result.meta.update(node.meta)
+                result = graph.call_function(aten._to_copy.default, (result,), {"dtype": value.dtype})
+    result.meta.update(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _make_contiguous(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

@@ -234,7 +234,7 @@ def _equality(
 
 def _lines(s: Scope, result: str) -> list[str]:
     """The lines written so far, with the return; the scope starts afresh for the next function."""
-    lines, s.lines = s.lines, []
+    lines, s.lines, s.pool = s.lines, [], []
     return [*lines, f"return {result}"]
 
 

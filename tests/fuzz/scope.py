@@ -7,6 +7,7 @@ Next: values.py.
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -35,6 +36,9 @@ class Scope:
     sizes: tuple[int, ...]
     sources: list[Source] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    pool: list[Any] = field(
+        default_factory=list
+    )  # values tied to every label of u, for later terms to use again
     free_labels: int = 0
 
     def chance(self, probability: float) -> bool:

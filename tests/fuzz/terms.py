@@ -90,13 +90,20 @@ def diagonal(s: Scope, u: Value) -> str:
 
 
 def _entrywise(s: Scope, u: Value) -> Value:
-    v = u
+    v = _start(s, u)
     if s.chance(0.4):
         v = lift(s, v)
     v = pointwise(s, _some_affine(s, v))
     if s.chance(0.3):
         v = pointwise(s, _some_affine(s, v))
+    s.pool.append(v)
     return v
+
+
+def _start(s: Scope, u: Value) -> Value:
+    """u, or a value of an earlier term that is tied to all of u's labels: one node, used twice."""
+    known = [v for v in s.pool if u.labels <= v.labels and len(v.shape) <= 3]
+    return s.rng.choice(known) if known and s.chance(0.35) else u
 
 
 def coupled(s: Scope, u: Value, tied: Tied) -> str:
@@ -120,13 +127,16 @@ def _small(s: Scope, v: Value) -> Value:
 
 def _contracted(s: Scope, u: Value, tied: Tied) -> Value:
     start = s.rng.choice(["plain", "shifted", "squared", "entrywise"])
-    v = lift(s, u) if s.chance(0.5) else u
+    v = _start(s, u)
+    v = lift(s, v) if s.chance(0.5) else v
     v = _some_affine(s, v) if start != "plain" else v
     if start == "squared":
         t = s.let(v.text)
         v = Value(f"({t} * {t})", v.shape, v.axes)
     if start == "entrywise":
         v = pointwise(s, v)
+    v = Value(s.let(v.text), v.shape, v.axes)
+    s.pool.append(v)
     if not tied and s.chance(0.3):
         v = view(s, v)  # axes may be merged freely, since all of u's are summed
     elif s.chance(0.3):
