@@ -30,6 +30,8 @@ class Reachable:
             several.
         tensors: The distinct tensors: of each module its parameters (as in ``named_parameters``), its
             buffers, those in its other attributes, then those of its submodules.
+        captured: Tensors that the functions read without the Problem holding them: in closures and as
+            globals.
         signature: A hashable key: equal keys mean equal values of everything that is not a tensor, and the
             same names, shapes, dtypes, devices and sharing of the tensors. It does not hold the tensors
             themselves.
@@ -37,6 +39,7 @@ class Reachable:
 
     names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
+    captured: tuple[torch.Tensor, ...]
     signature: Hashable
 
 
@@ -52,7 +55,7 @@ def scan(problem: torch.nn.Module) -> Reachable:
     """
     walk = _Walk()
     signature = walk.key(problem, "self")
-    return Reachable(tuple(walk.names), tuple(walk.tensors), signature)
+    return Reachable(tuple(walk.names), tuple(walk.tensors), tuple(walk.captured), signature)
 
 
 def problem_signature(problem: torch.nn.Module) -> Hashable:
@@ -81,6 +84,7 @@ class _Walk:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.tensors: list[torch.Tensor] = []
+        self.captured: list[torch.Tensor] = []
         self._position: dict[int, int] = {}
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
@@ -105,6 +109,7 @@ class _Walk:
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> Hashable:
         if not self._collect:
+            self.captured.append(tensor)
             return Same(tensor)
         position = self._position.get(id(tensor))
         if position is None:
@@ -161,7 +166,11 @@ class _Walk:
         for name, child in values["_modules"].items():
             yield (name, self.key(child, f"{path}.{name}"))
         kind: type = type(module)
-        yield from self._read_globals(_methods(kind))
+        methods = _methods(kind)
+        for method in methods:
+            if method.__closure__:
+                yield from self._cells(method)
+        yield from self._read_globals(methods)
 
     def _function(self, function: types.FunctionType) -> Iterator[Hashable]:
         # What a function captures is not an attribute: its tensors are not collected, only compared by
@@ -171,11 +180,18 @@ class _Walk:
             yield function.__code__
             yield self.key(function.__defaults__, "")
             yield self.key(function.__kwdefaults__, "")
+        finally:
+            self._collect = collect
+        yield from self._cells(function)
+        yield from self._read_globals((function,))
+
+    def _cells(self, function: types.FunctionType) -> Iterator[Hashable]:
+        collect, self._collect = self._collect, False
+        try:
             for cell in function.__closure__ or ():
                 yield self.key(_contents(cell), "")
         finally:
             self._collect = collect
-        yield from self._read_globals((function,))
 
     def _read_globals(self, functions: tuple[types.FunctionType, ...]) -> Iterator[Hashable]:
         collect, self._collect = self._collect, False
@@ -204,11 +220,17 @@ def _contents(cell: types.CellType) -> object:
         return None
 
 
+def _underlying(value: Any) -> Any:
+    """The function of a static method, a class method or a property."""
+    return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+
+
 @functools.lru_cache(maxsize=1024)
 def _methods(kind: type) -> tuple[types.FunctionType, ...]:
     """The functions a module class defines itself, without those of torch and of the class Problem."""
     classes = [c for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.")]
-    functions = [f for c in classes for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    values = [_underlying(value) for c in classes for value in vars(c).values()]
+    functions = [value for value in values if isinstance(value, types.FunctionType)]
     return tuple(f for f in functions if f.__module__ != "implicitdiff.problem")
 
 

@@ -27,7 +27,7 @@ from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
 from implicitdiff.structure.report import Analysis, Fallback, MatrixReport
-from implicitdiff.structured import StructuredPlan
+from implicitdiff.structured.plan import StructuredPlan
 
 Leaves = tuple[Tensor, ...]
 
@@ -154,7 +154,7 @@ def _build(trace: Trace, backward: str, linear_solver: str) -> Plan:
         return ApproximatePlan(trace, unstructured(trace, "dense", "lu", fallbacks))
     if backward != "dense":
         try:
-            return StructuredPlan.build(trace, linear_solver, AutodiffPlan(trace, unstructured(trace, "dense", "lu", ())))
+            return StructuredPlan(trace, linear_solver, AutodiffPlan(trace, unstructured(trace, "dense", "lu", ())))
         except Unsupported as refusal:
             fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))

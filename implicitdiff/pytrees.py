@@ -28,6 +28,8 @@ def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
 
 def leaf_names(spec: Spec, base: str) -> tuple[str, ...]:
     """One name per leaf, in leaf order: ``u`` for a single leaf, ``u['a']``, ``u[0]`` inside containers."""
+    if spec.is_leaf():
+        return (base,)
     numbered = unflatten(range(spec.num_leaves), spec)
     return tuple(base + pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(numbered)[0])
 

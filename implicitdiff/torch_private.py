@@ -68,7 +68,7 @@ def current_graph() -> torch.fx.Graph | None:
 
 
 def values_are_readable() -> bool:
-    """Whether eager code runs: no make_fx and no torch.compile is recording, which reading a value would break."""
+    """Whether eager code runs; while make_fx or torch.compile records, reading a value would break it."""
     return get_proxy_mode() is None and not torch.compiler.is_compiling()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .penalties import Penalty, Rho, slope, slopes
 
-REWEIGHTED_STEPS = 30
+REWEIGHTED_STEPS = 10
 NEWTON_STEPS = 100
 LEAST_DAMPING = 1e-3  # of the weight
 DAMPING_FACTOR = 8.0
@@ -57,6 +57,10 @@ class Descent:
             torch.where(mask, self.weight, other.weight),
             torch.where(mask, self.residual, other.residual),
         )
+
+    def at(self, places: tuple[Tensor, ...]) -> "Descent":
+        """The samples at these places, in one axis."""
+        return self.map(lambda field: field[places])
 
     def scattered(self, places: tuple[Tensor, ...], into: "Descent") -> "Descent":
         """`into` with its samples at these places replaced by the samples here."""
@@ -122,8 +126,7 @@ def descend(penalty: Penalty, x: Tensor, alpha: Tensor, start: Tensor) -> Descen
     """A local minimiser from a start point, to the rounding error of the gradient.
 
     Reweighted means never raise the objective where rho is concave in s (all of Table 1), and converge fast
-    when m is large. Samples they leave unfinished go on with Newton steps, accepted only where they do
-    better.
+    when m is large. Samples they leave unfinished go on with Newton steps, accepted where they do better.
 
     Args:
         penalty: With what is known about it.
@@ -132,21 +135,19 @@ def descend(penalty: Penalty, x: Tensor, alpha: Tensor, start: Tensor) -> Descen
         start: (..., m), its leading axes those of x or more.
 
     Returns:
-        Descent. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step, over unfinished samples
-        only.
+        Descent. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step of an unfinished sample.
     """
-    rho, tight = penalty.rho, tightness(x)
-    here = evaluate(rho, x, alpha, start)
-    active = ~(here.residual <= tight)
+    here = evaluate(penalty.rho, x, alpha, start)
+    active = ~(here.residual <= tightness(x))
     for _ in range(REWEIGHTED_STEPS):
         if not bool(active.any()):
             break
-        ahead = evaluate(rho, x, alpha, here.reweighted())
+        ahead = evaluate(penalty.rho, x, alpha, here.reweighted())
         # A step that raises the objective (a penalty that is not concave in s) is left to Newton.
         active = active & ahead.reweighted_lower(here, penalty.concave)
         here = ahead.where(active, here)
-        active = active & ~(here.residual <= tight)
-    rest = (~(here.residual <= tight)).nonzero(as_tuple=True)
+        active = active & ~(here.residual <= tightness(x))
+    rest = (~(here.residual <= tightness(x))).nonzero(as_tuple=True)
     if rest[0].numel() == 0:
         return here
     samples = start.shape[:-1]
@@ -154,25 +155,25 @@ def descend(penalty: Penalty, x: Tensor, alpha: Tensor, start: Tensor) -> Descen
         penalty,
         x.expand(*samples, *x.shape[-2:])[rest],
         alpha.expand(*samples, 1)[rest],
-        here.map(lambda field: field[rest]),
+        here.at(rest),
+        torch.zeros_like(here.residual[rest]),
+        NEWTON_STEPS,
     )
     return polished.scattered(rest, into=here)
 
 
-def _newton(penalty: Penalty, x: Tensor, alpha: Tensor, here: Descent) -> Descent:
+def _newton(
+    penalty: Penalty, x: Tensor, alpha: Tensor, here: Descent, damping: Tensor, steps: int
+) -> Descent:
     """Damped Newton steps for x (k, m, n) and alpha (k, 1), with a reweighted step where one fails.
 
-    The damping is per sample: raised where H + damping I is indefinite or its step does no good, lowered after a
-    success. A non-convex penalty makes H indefinite over long, nearly flat stretches, on which reweighted steps
-    alone are slow.
+    The damping (k,) is raised where H + damping I is indefinite or its step does no good, and lowered after
+    a success: a non-convex penalty makes H indefinite over long, nearly flat stretches, on which reweighted
+    steps alone are slow. When half of the samples are done the others go on by themselves.
     """
-    rho, tight = penalty.rho, tightness(x)
-    active = ~(here.residual <= tight)
-    damping = torch.zeros_like(here.residual)
-    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for _ in range(NEWTON_STEPS):
-        if not bool(active.any()):
-            break
+    rho, identity = penalty.rho, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    active = ~(here.residual <= tightness(x))
+    for done in range(steps):
         unit = here.weight.detach().abs()
         hessian = _hessian(rho, x, alpha, here.u) + damping[:, None, None] * identity
         factor, failed = torch.linalg.cholesky_ex(hessian)
@@ -180,14 +181,24 @@ def _newton(penalty: Penalty, x: Tensor, alpha: Tensor, here: Descent) -> Descen
         usable = active & (failed == 0) & torch.isfinite(step).all(-1)
         ahead = evaluate(rho, x, alpha, here.u - torch.where(usable[:, None], step, 0))
         success = usable & ahead.lower(here)
-        reweighted = evaluate(rho, x, alpha, here.reweighted())
-        progress = active & ~success & reweighted.reweighted_lower(here, penalty.concave)
-        here = ahead.where(success, reweighted.where(progress, here))
-        lowered = torch.where(damping > LEAST_DAMPING * unit, DAMPING_FACTOR**-1 * damping, 0)
+        progress = active & ~success
+        if bool(progress.any()):
+            reweighted = evaluate(rho, x, alpha, here.reweighted())
+            progress = progress & reweighted.reweighted_lower(here, penalty.concave)
+            here = reweighted.where(progress, here)
+        here = ahead.where(success, here)
+        lowered = torch.where(damping > LEAST_DAMPING * unit, damping / DAMPING_FACTOR, 0)
         raised = torch.maximum(DAMPING_FACTOR * damping, LEAST_DAMPING * unit)
         damping = torch.where(success, lowered, raised)
         # Damping beyond the weight gives shorter steps than reweighting: nothing is left to try.
-        active = active & (success | progress | (damping <= unit)) & ~(here.residual <= tight)
+        active = active & (success | progress | (damping <= unit)) & ~(here.residual <= tightness(x))
+        (rest,) = active.nonzero(as_tuple=True)
+        if 2 * rest.numel() <= active.numel():
+            if rest.numel() == 0:
+                return here
+            unfinished = here.at((rest,))
+            others = _newton(penalty, x[rest], alpha[rest], unfinished, damping[rest], steps - done - 1)
+            return others.scattered((rest,), into=here)
     return here
 
 

@@ -21,7 +21,8 @@ from implicitdiff.operators import (
     select_samples,
 )
 from implicitdiff.operators.products import batched_matvec, weighted_product
-from tests.operator_cases import BATCHES, BY_NAME, TABLE, Draw, Row
+from tests.operator_cases import BY_NAME, TABLE
+from tests.operator_draws import BATCHES, Draw, Row
 
 ROWS = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
 BATCH = pytest.mark.parametrize("batch", list(BATCHES))

@@ -1,5 +1,6 @@
 """The optimality rule: what passes, what is refused, and what each refusal is called."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -96,6 +97,23 @@ def test_an_exact_zero_is_optimal_even_against_a_zero_scale() -> None:
     found = check(plan, (x,), (), (x,), 1e-8)
     assert found.status.tolist() == [Status.OK, Status.OK]
     assert found.residuals.relative.tolist() == [0.0, 0.0]
+
+
+class OneTerm(PlanDouble):
+    """A plan that sees D_u L as a single term, so that nothing cancels in it."""
+
+    def stationarity(self, u, lam, theta):  # type: ignore[no-untyped-def]
+        found = super().stationarity(u, lam, theta)
+        return dataclasses.replace(found, gradient_scale=found.gradient[0].abs().amax(1))
+
+
+def test_a_single_term_is_held_against_its_linear_part() -> None:
+    x = normal(2, 3)
+    plan = OneTerm(lambda u, x: (u - x).square().sum(), None, x[0], (x,), (True,))
+    rounded = x * (1 + 4e-16)
+    assert not torch.equal(rounded, x)
+    assert check(plan, (rounded,), (), (x,), 1e-8).status.tolist() == [Status.OK] * 2
+    assert check(plan, (1.01 * x,), (), (x,), 1e-8).status.tolist() == [Status.NOT_OPTIMAL] * 2
 
 
 class InfiniteScale(PlanDouble):

@@ -1,14 +1,11 @@
 """The graphs of declared functions: values and derivatives are the functions', on data not traced with."""
 
 import dataclasses
-import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import implicitdiff as idf
 from implicitdiff.graph.trace import Trace, trace_problem, variable_example
@@ -346,85 +343,3 @@ def test_tracing_leaves_the_live_problem_alone() -> None:
     assert not hasattr(problem, "last")
     assert {name: id(tensor) for name, tensor in problem.named_parameters()} == before
     assert isinstance(problem.weight, torch.nn.Parameter)
-
-
-def code(trace: Trace) -> str:
-    return str(trace.objective.module.code)
-
-
-def trace_inside(context: str, problem: idf.Problem, x: torch.Tensor) -> Trace:
-    """Trace while a transform or a mode of the caller is active."""
-    found: list[Trace] = []
-
-    def function(inner: torch.Tensor) -> torch.Tensor:
-        found.append(traced(problem, inner))
-        return inner.sum()
-
-    if context == "vmap":
-        torch.func.vmap(function)(torch.stack([x, x]))
-    elif context == "grad":
-        torch.func.grad(function)(x)
-    elif context == "jvp":
-        torch.func.jvp(function, (x,), (x,))
-    elif context == "vmap of grad":
-        torch.func.vmap(torch.func.grad(function))(torch.stack([x, x]))
-    elif context == "dual numbers":
-        with torch.autograd.forward_ad.dual_level():
-            function(torch.autograd.forward_ad.make_dual(x, x))
-    elif context == "fake mode":
-        with FakeTensorMode() as mode:
-            function(mode.from_tensor(x))
-    elif context == "make_fx":
-        outer = make_fx(function)(x)
-        assert [n.op for n in outer.graph.nodes] == ["placeholder", "call_function", "output"]
-    elif context == "inference mode":
-        with torch.inference_mode():
-            function(x)
-    elif context == "no_grad":
-        with torch.no_grad():
-            function(x)
-    elif context == "autocast":
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            function(x)
-    return found[0]
-
-
-CONTEXTS = [
-    "vmap", "grad", "jvp", "vmap of grad", "dual numbers", "fake mode", "make_fx", "inference mode",
-    "no_grad", "autocast",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_same_graph_wherever_it_is_traced(context: str) -> None:
-    problem = declare(lambda u, x: (torch.outer(u, x) @ u.tanh()).sum(), lambda u, x: u.sum() - x[0])
-    assert code(trace_inside(context, problem, X)) == code(traced(problem, X))
-
-
-def test_threads_do_not_disturb_each_other() -> None:
-    problem, expected = GeometricMedian(), code(traced(GeometricMedian(), data(5, 3, 4)))
-    codes: list[str] = []
-
-    def work() -> None:
-        for _ in range(5):
-            codes.append(code(traced(problem, data(5, 3, 4))))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert codes == [expected] * 20
-    assert isinstance(problem.eps, torch.nn.Parameter)
-
-
-def test_meta_inputs_give_the_same_graph() -> None:
-    weight = data(3)
-
-    def objective(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return (
-            (weight * (u - x) ** 2).sum() + torch.tensor(2.0) * u.exp().sum() + u @ torch.eye(3).double() @ u
-        )
-
-    problem = declare(objective)
-    assert code(traced(problem, X.to("meta"))) == code(traced(problem, X))

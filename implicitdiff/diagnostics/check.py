@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.declared import Declared, double, floating, gradient, moving_names, to_double
+from implicitdiff.diagnostics.declared import (
+    Declared,
+    double,
+    floating,
+    gradient,
+    jacobian,
+    moving_names,
+    to_double,
+)
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
-from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error
+from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
 from implicitdiff.diagnostics.tables import number, table
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
@@ -174,20 +182,22 @@ def _residuals(
         for b in range(declared.batch)
     ]
     worst = [0.0, 0.0, 0.0]
+    small = Reference(declared).feasible
     for b, multipliers in enumerate(flat_lam):
         slope, pulled, constraint = _terms(declared, b, multipliers)
-        worst[0] = max(worst[0], _ratio((slope - pulled).abs(), scales.gradient_scale[b]))
+        worst[0] = worse(worst[0], _ratio((slope - pulled).abs(), scales.gradient_scale[b]))
         if multipliers is not None:
-            worst[1] = max(worst[1], _ratio(constraint.abs(), scales.constraint_scale[b]))
-            size = slope.abs().max()
-            projected = (
-                _range_part(declared, b, slope) if declared.size + declared.constraints <= LIMIT else pulled
-            )
-            worst[2] = max(worst[2], _ratio((pulled - projected).abs(), size))
+            worst[1] = worse(worst[1], _ratio(constraint.abs(), scales.constraint_scale[b]))
+            if small:
+                projected = _range_part(declared, b, slope)
+                worst[2] = worse(worst[2], _ratio((pulled - projected).abs(), slope.abs().max()))
     rows.upper("stationarity", worst[0], tolerance)
     if lam:
         rows.upper("feasibility", worst[1], tolerance)
-        rows.upper("multipliers", worst[2], tolerance)
+        if small:
+            rows.upper("multipliers", worst[2], tolerance)
+        else:
+            rows.not_run("multipliers", f"m + p is more than {LIMIT}")
     tiny = sum(int(((leaf != 0) & (leaf.abs() < torch.finfo(leaf.dtype).tiny)).sum()) for leaf in u)
     if tiny:
         rows.upper("denormal numbers in u", tiny, math.inf, "slow: torch.set_flush_denormal(True)")
@@ -208,13 +218,17 @@ def _terms(declared: Declared, b: int, multipliers: Tensor | None) -> tuple[Tens
 
 def _range_part(declared: Declared, b: int, slope: Tensor) -> Tensor:
     """A' lam for the least-squares lam: the part of D_u f in the range of A'."""
-    rows = Reference(declared).matrices(b).jacobian
+    with torch.enable_grad():
+        u = declared.point(b)
+        rows = jacobian(declared.equality(b, u), u).masked_fill(declared.edge(b), 0)
     return rows.mT @ (torch.linalg.pinv(rows.mT) @ slope)
 
 
 def _ratio(size: Tensor, scale: Tensor) -> float:
     largest = float(size.max()) if size.numel() else 0.0
-    return 0.0 if largest == 0 else largest / float(scale)
+    if largest == 0:
+        return 0.0
+    return largest / float(scale) if float(scale) else math.inf
 
 
 # In a float64 copy

@@ -142,6 +142,7 @@ def compare(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     rounds: int = 9,
     memory_limit: int = 4 * 2**30,
+    flop_limit: float = 2e12,
 ) -> Comparison:
     """Run several backward passes of one problem at the same solution and compare them.
 
@@ -163,7 +164,9 @@ def compare(
         sweep: {name: values}: compare at every combination, as `compare(p, lambda n: (torch.randn(8, 3, n),),
             sweep={"n": [16, 64, 256]})`.
         rounds: Rounds of timing; a backward that takes seconds gets fewer.
-        memory_limit: Bytes; a dense backward that would need more is not run.
+        memory_limit, flop_limit: A dense backward that would need more bytes or more FLOPs (1e12 take about
+        half a
+            minute) is not run.
 
     Returns:
         Comparison. A backward that cannot run has a row that says why.
@@ -179,7 +182,9 @@ def compare(
     if not backwards:
         raise OptionError(f"backwards is empty; choose from {', '.join(BACKWARDS)}")
     if sweep is None:
-        rows, reference = contest(problem, inputs, in_dims, backwards, cotangent, rounds, memory_limit)
+        rows, reference = contest(
+            problem, inputs, in_dims, backwards, cotangent, rounds, memory_limit, flop_limit
+        )
         return Comparison(type(problem).__name__, tuple(rows), reference)
     make = _maker(inputs, cotangent)
     rows, reference = [], ""
@@ -187,7 +192,7 @@ def compare(
         setting = tuple(zip(sweep, values, strict=True))
         made = make(**dict(setting))
         made = made if isinstance(made, tuple) else (made,)
-        part, reference = contest(problem, made, in_dims, backwards, None, rounds, memory_limit)
+        part, reference = contest(problem, made, in_dims, backwards, None, rounds, memory_limit, flop_limit)
         rows += [replace(row, setting=setting) for row in part]
     return Comparison(type(problem).__name__, tuple(rows), reference)
 

@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A backward that runs: its row so far, the pass itself, calls per reading, and how long the first call took."""
+    """A backward that runs: its row so far, the pass itself, calls per reading, seconds of the first call."""
 
     row: Row
     run: Callable[[], Any]
@@ -86,6 +86,7 @@ class _Setup:
     cotangent: Any
     unbatched: bool
     memory_limit: int
+    flop_limit: float
 
 
 def contest(
@@ -96,6 +97,7 @@ def contest(
     cotangent: Any,
     rounds: int,
     memory_limit: int,
+    flop_limit: float,
 ) -> tuple[list[Row], str]:
     """All rows for one set of inputs, and what their errors are measured against."""
     leaves = [leaf for leaf in pytree.tree_leaves(tuple(inputs)) if floating(leaf)]
@@ -106,7 +108,7 @@ def contest(
         solution = solve(problem, *plain, in_dims=in_dims)
         unbatched = plan_of(problem, plain, in_dims).bound.unbatched
         v = _draw(solution.u) if cotangent is None else cotangent
-        setup = _Setup(problem, plain, in_dims, flags, solution, v, unbatched, memory_limit)
+        setup = _Setup(problem, plain, in_dims, flags, solution, v, unbatched, memory_limit, flop_limit)
         truth = _truth(setup)
         rows: list[Row] = []
         entries: dict[int, _Entry] = {}
@@ -208,17 +210,13 @@ def _enter(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row
 
 
 def _entry(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row:
-    needed = _dense_bytes(setup) if name in ("dense", "approximate") else 0
-    if needed > setup.memory_limit:
-        limit = format_bytes(setup.memory_limit)
-        return Row(name, "", note=f"not run: needs about {format_bytes(needed)}, memory_limit is {limit}")
+    refusal = _too_large(setup) if name in ("dense", "approximate") else ""
+    if refusal:
+        return Row(name, "", note=f"not run: {refusal}")
     # An unrolled gradient belongs to its own iterations; every other backward starts from the common
     # solution.
-    held = (
-        setup.problem
-        if name == "unrolled"
-        else held_at(setup.problem, batch_first(setup.solution, setup.unbatched))
-    )
+    own = name == "unrolled"
+    held = setup.problem if own else held_at(setup.problem, batch_first(setup.solution, setup.unbatched))
     inputs, leaves = fresh(setup.inputs, setup.flags)
     wanted = [*leaves, *(p for p in setup.problem.parameters() if p.requires_grad)]
     if not wanted:
@@ -234,11 +232,8 @@ def _entry(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row
     start = time.perf_counter()
     found, cost = measure(run)
     counted = time.perf_counter() - start
-    solver = (
-        ""
-        if name in ("hand", "unrolled")
-        else plan_of(held, inputs, setup.in_dims, name).plan.analysis.solver
-    )
+    planned = None if name in ("hand", "unrolled") else plan_of(held, inputs, setup.in_dims, name)
+    solver = "" if planned is None else planned.plan.analysis.solver
     row = _described(setup, Row(name, solver), found, leaves, truth, cost, _saved(forward, outputs))
     if counted > _SLOW:
         return _Entry(replace(row, rounds=0), run, 1, counted)
@@ -298,15 +293,21 @@ def _saved(forward: Measurement, outputs: Sequence[Tensor]) -> int:
     return max(0, forward.retained - sum(held.values()))
 
 
-def _dense_bytes(setup: _Setup) -> int:
-    """What a dense backward needs at least: K and its factor for each sample."""
+def _too_large(setup: _Setup) -> str:
+    """Why a dense backward is not tried: what K and its factor need for the whole batch; "" if it is."""
     leaves = pytree.tree_leaves(batch_first(setup.solution, setup.unbatched).u)
     batch = leaves[0].shape[0]
     m = sum(leaf[0].numel() for leaf in leaves) if batch else 0
     multipliers = setup.solution.equality_multipliers
     lam = [] if multipliers is None else pytree.tree_leaves(multipliers)
     p = sum(leaf.numel() // (1 if setup.unbatched else max(batch, 1)) for leaf in lam)
-    return int(2 * batch * (m + p) ** 2 * leaves[0].element_size())
+    needed = 2 * batch * (m + p) ** 2 * leaves[0].element_size()
+    if needed > setup.memory_limit:
+        return f"it needs {format_bytes(needed)} or more; memory_limit is {format_bytes(setup.memory_limit)}"
+    work = 10.0 * batch * (m + p) ** 3
+    if work > setup.flop_limit:
+        return f"it takes about {work:.0e} FLOPs; flop_limit is {setup.flop_limit:.0e}"
+    return ""
 
 
 # Time

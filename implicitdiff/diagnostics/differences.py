@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.diagnostics.declared import Declared, double, floating, moving_names
-from implicitdiff.diagnostics.reference import orthogonal_to, polish
+from implicitdiff.diagnostics.reference import orthogonal_to, polish, worse
 from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.layer import solve
 from implicitdiff.problem import Problem
@@ -68,7 +68,7 @@ def directional(
         for sign in (1.0, -1.0):
             end, last, remark = _solved(problem, inputs, in_dims, u, position, sign * step * direction)
             ends.append(end)
-            worst = max(worst, last)
+            worst = worse(worst, last)
         if not worst < 1e-9:
             yield name, math.nan, "the moved solution could not be refined"
             continue

@@ -5,6 +5,7 @@ u>, and certificates for problems too large for that. No structure, no solver an
 takes part. Used by `check.py` and `compare.py`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ class Reference:
             gaps = torch.cat([terms[0] - terms[1] + terms[2], moved]).masked_fill(
                 torch.cat([self.declared.edge(b), torch.zeros_like(moved, dtype=torch.bool)]), 0
             )
-            worst = max(worst, float(gaps.abs().max()) / scale if scale else 0.0)
+            worst = worse(worst, float(gaps.abs().max()) / scale if scale else 0.0)
         return worst
 
     def null_directions(self) -> Tensor:
@@ -244,8 +245,13 @@ def polish(declared: Declared, steps: int = 20) -> tuple[Any, float]:
             last = float(step.abs().max() / declared.u[b].abs().max().clamp_min(1e-300))
             if last < 1e-13:
                 break
-        worst = max(worst, last)
+        worst = worse(worst, last)
     return declared.tree(declared.u), worst
+
+
+def worse(first: float, second: float) -> float:
+    """The larger of two errors; NaN if one of them is, which `max` would lose."""
+    return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
 
 
 def orthogonal_to(rows: Tensor, vector: Tensor) -> Tensor:

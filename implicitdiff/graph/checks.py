@@ -4,15 +4,17 @@ Comes in: what the user's function returned while it was traced, and the finishe
 tensors, or a named error that says how to mend it. Used by ``trace.py``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from implicitdiff.errors import ProblemDefinitionError
+from implicitdiff.errors import CapturedTensorError, ProblemDefinitionError
 from implicitdiff.graph.clean import depends_on, outputs
 from implicitdiff.graph.record import Arguments
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, flatten, leaf_names
+from implicitdiff.torch_private import is_wrapped
 
 
 class Result:
@@ -72,6 +74,23 @@ class Result:
                 f"{self.name} returned a tensor of dtype {value.dtype}{which}: return a real floating tensor"
             )
         return value
+
+
+def check_captured(problem: Problem, captured: Sequence[torch.Tensor]) -> None:
+    """Raise if a function reads a tensor of a surrounding torch.func transform: it would silently get no derivative.
+
+    Raises:
+        CapturedTensorError: Such a tensor is in a closure, or a global.
+    """
+    for tensor in captured:
+        if is_wrapped(tensor):
+            raise CapturedTensorError(
+                f"a function of {type(problem).__name__} uses a tensor of shape {tuple(tensor.shape)} that "
+                "belongs to a "
+                "surrounding torch.func transform, but is neither an input nor reachable from the Problem: "
+                "pass it as an "
+                "input, or make it an attribute of the Problem"
+            )
 
 
 def check_dependence(

@@ -34,14 +34,18 @@ class Captured:
 
     def __init__(self, known: Sequence[tuple[int, torch.Tensor]]) -> None:
         self.known = {id(tensor): position for position, tensor in known}
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: list[
+            torch.Tensor
+        ] = []  # detached: they share the memory, so that later changes are seen
+        self._originals: list[torch.Tensor] = []
 
     def position(self, tensor: torch.Tensor) -> int:
         """The number of a captured tensor, a new one if it was not met before."""
-        for index, other in enumerate(self.tensors):
+        for index, other in enumerate(self._originals):
             if other is tensor:
                 return index
-        self.tensors.append(tensor)
+        self._originals.append(tensor)
+        self.tensors.append(tensor.detach() if tensor.requires_grad else tensor)
         return len(self.tensors) - 1
 
 
@@ -63,7 +67,7 @@ def lift_attributes(name: str, raw: torch.fx.GraphModule, captured: Captured) ->
             continue  # a branch of torch.cond
         if id(tensor) in captured.known:
             replacement = placeholders[captured.known[id(tensor)]]
-        elif tensor.requires_grad:
+        elif tensor.requires_grad and not all(_stops_gradient(user) for user in node.users):
             raise CapturedTensorError(_captured_message(name, node, tensor))
         elif _is_uniform_literal(node, tensor):
             with graph.inserting_before(node):
@@ -155,6 +159,10 @@ def _captured_message(name: str, node: torch.fx.Node, tensor: torch.Tensor) -> s
     )
 
 
+def _stops_gradient(node: torch.fx.Node) -> bool:
+    return node.target is aten.detach.default or bool(node.meta.get("no_grad"))
+
+
 def _is_uniform_literal(node: torch.fx.Node, tensor: torch.Tensor) -> bool:
     """Whether the tensor was made inside the function from Python numbers that are all equal."""
     literal = bool(node.users) and all(user.target in _LIFTS for user in node.users)
@@ -222,7 +230,7 @@ def _is_full_slice(node: torch.fx.Node) -> bool:
 
 
 def _bound_end(node: torch.fx.Node, first: int) -> None:
-    """Replace an end behind the axis, which torch writes for ``u[::2]`` and its own batching rules overflow on."""
+    """Replace an end behind the axis: torch writes one for ``u[::2]``, its batching rules overflow on it."""
     arguments: list[Any] = list(node.args)
     value = arguments[0].meta.get("val")
     if len(arguments) > first + 2 and isinstance(value, torch.Tensor) and arguments[first + 2] is not None:

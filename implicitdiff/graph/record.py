@@ -37,7 +37,7 @@ from implicitdiff.torch_private import (
 )
 
 # What torch says when data is asked of a tensor that has none, in 2.6 to 2.13.
-_NO_VALUE = ("trying to get value out of a tracing tensor",)
+_NO_VALUE = ("trying to get value out of a tracing tensor", "FakeTensor.__format__")
 _NO_DATA = (
     "not supported for tensor subclasses",
     "data is not allocated yet",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from implicitdiff.errors import CapturedTensorError, ControlFlowError, RandomnessError, TraceError
+from implicitdiff.errors import ControlFlowError, RandomnessError, TraceError
 from implicitdiff.graph.lines import Origin, origin
 from implicitdiff.torch_private import (
     DataDependentOutputException,
@@ -18,7 +18,6 @@ from implicitdiff.torch_private import (
     TorchDispatchMode,
     current_graph,
     is_fake,
-    is_wrapped,
     pytree,
 )
 
@@ -100,15 +99,10 @@ class Recorder(TorchDispatchMode):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if torch.Tag.data_dependent_output in func.tags and not all(is_fake(x) for x in tensors):
             raise ControlFlowError(self._value_message(func, place))
-        if any(is_wrapped(x) for x in tensors):
-            raise CapturedTensorError(
+        if any(not is_fake(x) for x in _written(func, args)):
+            raise TraceError(
                 self._message(
-                    "uses a tensor of a surrounding torch.func transform that is neither an input nor "
-                    "reachable from "
-                    "the Problem",
-                    func,
-                    place,
-                    "pass it as an input, or make it an attribute of the Problem",
+                    "changes a captured tensor in place", func, place, "write into a copy, .clone()"
                 )
             )
 
@@ -135,6 +129,18 @@ def _since(graph: torch.fx.Graph, last: torch.fx.Node | None) -> list[torch.fx.N
             break
         new.append(node)
     return new
+
+
+def _written(func: Any, args: Any) -> list[torch.Tensor]:
+    """The arguments an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return [
+        x
+        for a, x in pairs
+        if a.alias_info is not None and a.alias_info.is_write and isinstance(x, torch.Tensor)
+    ]
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:

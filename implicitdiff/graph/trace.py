@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from implicitdiff.graph.checks import Result, check_dependence
+from implicitdiff.attributes import scan
+from implicitdiff.graph.checks import Result, check_captured, check_dependence
 from implicitdiff.graph.clean import Captured, finish, lift_attributes, outputs
 from implicitdiff.graph.example import Example, solution_example, variable_example
 from implicitdiff.graph.record import LOCK, Arguments, arguments_of, record
@@ -140,6 +141,7 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
     """
     example = Example(tuple(variables[0]), variables[1])
     with LOCK, clean_context():
+        check_captured(problem, scan(problem).captured)
         arguments = arguments_of(problem, example.leaves, example.spec, bound)
         tensors = enumerate(bound.tensors, start=arguments.variables + len(bound.leaves))
         captured = Captured(list(tensors))

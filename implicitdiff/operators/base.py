@@ -1,13 +1,13 @@
 """What a structured matrix is: a batch of square matrices that stores only its parameters.
 
 Stage: derivatives and structure build operators, solvers invert them. In: tensors whose first axis is the
-    batch,
-of size B or 1 (one matrix shared by all samples). Out: matvec, transpose and the dense twin, nothing else.
-Next files: ``zero.py`` to ``matrix_free.py``, one kind each; ``products.py`` has the two contractions they
-share.
+batch, of size B or 1 (one matrix shared by all samples). Out: matvec, transpose and the dense twin, nothing
+else. Next files: ``zero.py`` to ``matrix_free.py``, one kind each; ``products.py`` has the two contractions
+they share.
 """
 
 import abc
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -102,7 +102,7 @@ def common_batch(*tensors: Tensor) -> int:
     return batch
 
 
-def check_parameters(kind: str, expected: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+def check_parameters(kind: str, expected: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
     """Check the shapes of an operator's parameters when it is built.
 
     Args:
@@ -120,12 +120,13 @@ def check_parameters(kind: str, expected: dict[str, tuple[Tensor, tuple[int, ...
         if not fits:
             text = ", ".join("any" if w < 0 else str(w) for w in wanted)
             raise StructureError(
-                f"{kind}: {name} has shape {got}, expected (batch, {text}). The batch axis comes first and has "
-                "size B, or 1 where the parameter is shared by all samples."
+                f"{kind}: {name} has shape {got}, expected (batch, {text}). The batch axis comes first and "
+                "has size B, or 1 where the parameter is shared by all samples."
             )
     if len(batches) > 1:
         raise StructureError(
-            f"{kind}: the batch axes differ: {shapes}. Give each parameter the batch size B, or 1 to share it."
+            f"{kind}: the batch axes differ: {shapes}. Give each parameter the batch size B, or 1 to share "
+            "it."
         )
     dtypes = {tensor.dtype for tensor, _ in expected.values()}
     if len(dtypes) > 1:

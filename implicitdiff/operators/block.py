@@ -48,7 +48,8 @@ class Block(LinearOperator):
             corner = self.blocks[i][i]
             if not isinstance(corner, LinearOperator) or corner.size != size:
                 raise StructureError(
-                    f"{self.kind}: blocks[{i}][{i}] must be a LinearOperator of size {size}, got {_describe(corner)}."
+                    f"{self.kind}: blocks[{i}][{i}] must be a LinearOperator of size {size}, got "
+                    f"{_describe(corner)}."
                 )
         expected = {f"blocks[{i}][{j}]": (t, (self.sizes[i], self.sizes[j])) for i, j, t in self.couplings}
         check_parameters(self.kind, expected)
@@ -64,8 +65,8 @@ class Block(LinearOperator):
         for vector in vectors:
             if vector.shape != (self.size,):
                 raise StructureError(
-                    f"{self.kind}: a null vector has shape {tuple(vector.shape)}, expected ({self.size},): it "
-                    "spans all blocks and is the same for all samples."
+                    f"{self.kind}: a null vector has shape {tuple(vector.shape)}, expected ({self.size},): "
+                    "it spans all blocks and is the same for all samples."
                 )
         object.__setattr__(self, "null_vectors", vectors)
 

@@ -1,8 +1,7 @@
 """A block-diagonal matrix: groups of variables that are coupled only among themselves.
 
 In: one s x s block for each group, and the axes of the variable that number the groups. Out:
-    ``BlockDiagonal``.
-Next file: ``low_rank.py``.
+``BlockDiagonal``. Next file: ``low_rank.py``.
 """
 
 import math
@@ -74,7 +73,7 @@ class BlockDiagonal(StoredOperator):
         return grid.reshape(*vector.shape[:-1], *self.blocks.shape[1:3])
 
     def join(self, parts: Tensor) -> Tensor:
-        """Return the vector (..., m) whose entries by block are ``parts`` (..., nb, s): the inverse of split."""
+        """Return the vector (..., m) with the entries ``parts`` (..., nb, s) by block: undoes split."""
         lead = parts.dim() - 2
         order = (*self.block_axes, *self.inside_axes)
         back = [lead + order.index(axis) for axis in range(len(self.shape))]

@@ -34,8 +34,8 @@ class LowRankPlusDiagonal(StoredOperator):
     def __post_init__(self) -> None:
         if self.left.dim() != 3:
             raise StructureError(
-                f"{self.kind}: left has shape {tuple(self.left.shape)}, expected (batch, m, k). The batch axis "
-                "comes first and has size B, or 1 where the parameter is shared by all samples."
+                f"{self.kind}: left has shape {tuple(self.left.shape)}, expected (batch, m, k). The batch "
+                "axis comes first and has size B, or 1 where the parameter is shared by all samples."
             )
         size, rank = self.left.shape[1:]
         width = 1 if self.diagonal.dim() == 2 and self.diagonal.shape[1] == 1 else size

@@ -1,7 +1,7 @@
 """A matrix known only by its product with a vector: too large, or too irregular, to be written down.
 
-In: the product. Out: ``MatrixFree``; solvers/cg.py works with the product alone. Next: ``samples.py``, which
-takes samples out of an operator, then the package ``solvers``.
+In: the product. Out: ``MatrixFree``; solvers/cg.py works with the product alone. Next: ``samples.py``,
+which takes samples out of an operator, then the package ``solvers``.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The two batched contractions from which operators and solvers are made.
 
-In: matrices (B or 1, p, q) and vectors (..., B or 1, q). Out: products that never repeat a shared matrix for
-each sample or each right-hand side. Next file: any operator, for instance ``low_rank.py``.
+In: matrices (B or 1, p, q) and vectors (..., B or 1, q). Out: products that never repeat a shared matrix
+for each sample or each right-hand side. Next file: any operator, for instance ``low_rank.py``.
 """
 
 import torch
@@ -70,7 +70,8 @@ def weighted_product(
     step = batch
     if smaller.shape[0] == 1 < weights.shape[0]:
         one_copy = max(1, smaller.shape[1] * inner)
-        step = max(1, out.numel() // one_copy)
+        # As many samples at a time as fit into what is there in any case: the result, or the weights.
+        step = max(1, max(out.numel(), weights.numel()) // one_copy)
     for start in range(0, batch, max(1, step)):
         piece = out[start : start + step]
         scaled = _part(smaller, start, step) * _part(weights, start, step)[:, None, :]

@@ -1,8 +1,7 @@
 """Linear solvers: how each kind of matrix is inverted, factored once and solved many times.
 
 In: operators. Out: ``choose`` picks a solver, ``LinearSolver.factor`` returns a ``Factorization`` with a
-    status
-for each sample. Start reading at ``base.py``; ``select.py`` is where the choice is made.
+status for each sample. Start reading at ``base.py``; ``select.py`` is where the choice is made.
 """
 
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, relative_residual

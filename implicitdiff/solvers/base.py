@@ -1,10 +1,8 @@
 """What a linear solver is: a reason to refuse, a predicted cost, a factorisation that is used many times.
 
 Stage: the plan asks select.py for a solver and keeps the factorisation for all right-hand sides. In: an
-    operator.
-Out: ``Factorization`` with one status a sample. Next files: ``divide.py`` for the shortest example,
-    ``scaled.py``
-and ``condition.py`` for what the dense solvers share.
+operator. Out: ``Factorization`` with one status a sample. Next files: ``divide.py`` for the shortest
+example, ``scaled.py`` and ``condition.py`` for what the dense solvers share.
 """
 
 import abc
@@ -124,8 +122,8 @@ class LinearSolver(abc.ABC):
         reason = self.reject(operator)
         if reason is not None:
             raise OptionError(
-                f"solver {self.name!r} cannot take a {operator.kind} matrix of size {operator.size}: {reason}. "
-                "Use linear_solver='auto'."
+                f"solver {self.name!r} cannot take a {operator.kind} matrix of size {operator.size}: "
+                f"{reason}. Use linear_solver='auto'."
             )
         return self._factor(operator)
 

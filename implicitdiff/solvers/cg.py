@@ -1,8 +1,7 @@
 """Conjugate gradients with the diagonal as preconditioner: only products with the matrix are needed.
 
 In: any symmetric operator, expected to be positive (semi)definite. Out: ``ConjugateGradients``. It says per
-    sample
-whether it converged; the caller falls back on a direct solver. Next file: ``select.py``.
+sample whether it converged; the caller falls back on a direct solver. Next file: ``select.py``.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
-"""Is this matrix singular? Scaling, and an estimate of the condition number for the samples that look
-suspicious.
+"""Is this matrix singular? Scaling, and an estimate of the condition number where a pivot is suspicious.
 
 A small pivot alone proves nothing: bad scaling makes pivots small, and a Cholesky factorisation succeeds on
 most singular matrices. So a pivot only raises suspicion, and the estimate of |A^-1| decides, for suspects
-alone.
-In: matrices. Out: scalings, reciprocal condition numbers. Next file: ``scaled.py``.
+alone. In: matrices. Out: scalings, reciprocal condition numbers. Next file: ``scaled.py``.
 """
 
 from collections.abc import Callable
@@ -27,13 +25,13 @@ def singular_level(dtype: torch.dtype) -> float:
 
 
 def power_of_two(size: Tensor) -> Tensor:
-    """Return 2^-e with size = f 2^e, 1/2 <= f < 1: scaling by it makes no rounding error. 1 where size is 0."""
+    """Return 2^-e with size = f 2^e, 1/2 <= f < 1, and 1 for size 0: scaling by it rounds nothing."""
     exponent = torch.frexp(size).exponent.clamp(-120, 120)
     return torch.ldexp(torch.ones_like(size), -exponent)
 
 
 def row_column_scaling(magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """Return r (B, m) and c (B, m) such that r_i magnitude_ij c_j has maxima near 1 in all rows and columns."""
+    """Return r and c, (B, m), such that r_i magnitude_ij c_j has maxima near 1 in all rows and columns."""
     rows = power_of_two(magnitude.amax(-1))
     columns = power_of_two((magnitude * rows[:, :, None]).amax(-2))
     return rows, columns
@@ -82,8 +80,7 @@ def inverse_norm(
 
 
 def reciprocal_condition(matrix: Tensor, inverse: Tensor) -> Tensor:
-    """Return 1 / (|A|_1 |A^-1|_1), (B,), for a matrix (B, m, m) scaled to entries of about 1 before
-    cancellation.
+    """Return 1 / (|A|_1 |A^-1|_1), (B,), for matrices (B, m, m) whose terms were scaled to about 1.
 
     |A|_1 counts as at least 1: a scaled matrix that is tiny as a whole is what cancellation has left.
     """

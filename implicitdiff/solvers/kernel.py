@@ -50,10 +50,6 @@ class Kernel:
         for column in self._basis.unbind(1):
             matrix.addcmul_(lift[:, None, None] * column[:, None], column)
 
-    def diagonal(self, lift: Tensor) -> Tensor:
-        """Return the diagonal of lift Q Q', (B, m)."""
-        return lift[:, None] * self._basis.square().sum(-1)
-
 
 class ProjectedFactorization(Factorization):
     """A factorisation of A + lift Q Q', used as A^+: projections before and after it."""

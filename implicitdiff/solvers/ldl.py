@@ -1,8 +1,8 @@
 """LDL' with Bunch-Kaufman pivoting: symmetric indefinite matrices, a KKT matrix above all.
 
-In: a symmetric operator that can be written down. Out: ``LDL``, ``LDLFactorization``. torch has no derivative
-    of
-it, so it serves values only, inside a Function with rules of its own. Next file: ``schur.py``.
+In: a symmetric operator that can be written down. Out: ``LDL``, ``LDLFactorization``. torch has no
+derivative of it, so it serves values only, inside a Function with rules of its own. Next file:
+``schur.py``.
 """
 
 from typing import ClassVar

@@ -1,8 +1,7 @@
 """The frame of the pivoted dense factorisations: scale, factor, look at the pivots, rescue what is singular.
 
 In: matrices (B, m, m). Out: ``ScaledFactorization``, the base of the factorisations in lu.py and ldl.py,
-    which add
-their LAPACK calls only. Next file: ``lu.py``.
+which add their LAPACK calls only. Next file: ``lu.py``.
 """
 
 import abc
@@ -93,7 +92,7 @@ class ScaledFactorization(ColumnFactorization):
 
     @abc.abstractmethod
     def _factor_scaled(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """Factor; return the smallest over the largest pivot (B,) and whether one is exactly zero (B,) bool."""
+        """Factor; return the smallest over the largest pivot, (B,), and whether one is zero, (B,) bool."""
 
     @abc.abstractmethod
     def _solve_scaled(self, columns: Tensor) -> Tensor:

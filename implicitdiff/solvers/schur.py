@@ -120,7 +120,6 @@ class SchurFactorization(Factorization):
             # Where the stated kernel is all there is, S is nothing but rounding and so is its mean.
             lift = torch.maximum(mean.abs(), small)
             remaining.deflate_(complement, lift)
-            original = original + remaining.diagonal(lift)
         if operator.symmetric:
             factored: ColumnFactorization = CholeskyFactorization(complement, original)
         else:
@@ -138,6 +137,8 @@ class SchurFactorization(Factorization):
         """Factor the samples without a usable corner densely; return (B,) bool, False for them."""
         self._samples = bad.nonzero()[:, 0]
         dense = select_samples(self._operator, self._samples).to_dense()
+        if self._kernel is not None:
+            self._kernel.deflate_(dense, dense.diagonal(dim1=-2, dim2=-1).abs().mean(-1))
         self._whole = LUFactorization(dense, symmetric=self._operator.symmetric)
         self.status[self._samples] = self._whole.status
         lost = torch.zeros_like(bad) if self._lost is None else self._lost & ~bad
@@ -147,7 +148,7 @@ class SchurFactorization(Factorization):
         return ~bad
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """Return the solution (..., B, m); 4 e r + 2 r^2 flops a vector, e eliminated and r remaining entries."""
+        """Return the solution (..., B, m); 4 e r + 2 r^2 flops a vector, e eliminated and r remaining."""
         operator, split = self._operator, self._split
         batch = rhs.shape[-2] if operator.batch == 1 else operator.batch
         rhs = rhs.expand(*rhs.shape[:-2], batch, operator.size)
@@ -167,10 +168,10 @@ class SchurFactorization(Factorization):
             if i in solved and j in reduced:
                 solved[i] = solved[i] - batched_matvec(block, reduced[j]) * self._inverse[i]
         solution = torch.cat([({**solved, **reduced})[i] for i in range(len(operator.sizes))], dim=-1)
+        if self._whole is not None:
+            solution = self._solve_whole(solution, consistent)
         if self._kernel is not None:
             solution = self._kernel.project(solution)
-        if self._whole is not None:
-            solution = self._solve_whole(solution, rhs)
         return solution if self._lost is None else blank(solution, rhs, self._lost)
 
     def _solve_whole(self, solution: Tensor, rhs: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class Schur(LinearSolver):
     name: ClassVar[str] = "schur"
 
     def reject(self, operator: LinearOperator) -> str | None:
-        """Refuse other kinds, a single block, grids without a diagonal corner and corners that are matrix-free."""
+        """Refuse other kinds, single blocks, no diagonal corner, a remaining corner that is matrix-free."""
         if not isinstance(operator, Block):
             return f"the matrix is {operator.kind}, not a grid of blocks"
         if len(operator.sizes) < 2:
@@ -252,7 +253,7 @@ class Schur(LinearSolver):
         return None
 
     def cost(self, operator: LinearOperator) -> Cost:
-        """2 r^2 e flops for S (half for the blocks off its diagonal), 1/3 r^3 to factor, 4 e r + 2 r^2 to solve."""
+        """2 r^2 e flops for S, once for each pair of blocks; 1/3 r^3 to factor, 4 e r + 2 r^2 to solve."""
         assert isinstance(operator, Block)
         split = split_blocks(operator)
         assert split is not None

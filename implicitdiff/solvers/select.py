@@ -1,7 +1,7 @@
 """The one place that chooses a linear solver: what is possible, then what is predicted to be cheapest.
 
-In: an operator (meta tensors will do) and the name the user asked for, or "auto". Out: ``Choice``. Reading order
-of the package ends here.
+In: an operator (meta tensors will do) and the name the user asked for, or "auto". Out: ``Choice``. The
+reading order of the package ends here.
 """
 
 from dataclasses import dataclass
@@ -125,10 +125,13 @@ def choose(operator: LinearOperator, requested: str = "auto", *, definite: bool 
         reason = solver.reject(operator)
         if reason is not None:
             raise OptionError(
-                f"linear_solver={requested!r} cannot take the {operator.kind} matrix of size {operator.size}: {reason}. "
+                f"linear_solver={requested!r} cannot take the {operator.kind} matrix of size "
+                f"{operator.size}: {reason}. "
                 f"Use 'auto', or one of {', '.join(map(repr, candidates(operator)))}."
             )
         return Choice(solver, solver.cost(operator), ())
+    if isinstance(operator, Block) and any(isinstance(corner, Zero) for corner in operator.corners):
+        definite = False  # a zero block on the diagonal, as in every KKT matrix
     possible: list[tuple[str, Cost]] = []
     rejected: list[tuple[str, str]] = []
     for name in candidates(operator):

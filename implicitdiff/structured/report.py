@@ -1,6 +1,6 @@
 """What a structured plan says about itself.
 
-In: the declared derivatives, the forms and the route. Out: `Analysis`. Next file: `structured.py`.
+In: the declared derivatives, the forms and the route. Out: `Analysis`. Next file: `plan.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.structure.forms import Form
 from implicitdiff.structure.report import Analysis, MatrixReport
-from implicitdiff.symbolic_kkt import Route
+from implicitdiff.kkt.route import Route
 
 
 def report(declared: Declared, hessian: Form, route: Route, code: str) -> Analysis:

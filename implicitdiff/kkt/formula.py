@@ -2,7 +2,7 @@
 
 In: the steps (apply H^-1, A, A', S^-1) as callables, over symbols or over tensors. Out: (w, s).
 From H w - A's = a and -A w = b follow w = H^-1 (a + A's) and S s = -(b + A H^-1 a) with S = A H^-1 A'.
-Next files: `saddle.py` (numbers), `symbolic_kkt.py` (symbols).
+Next files: `saddle.py` (numbers), `symbolic.py` (symbols).
 """
 
 from __future__ import annotations

@@ -1,188 +1,35 @@
-"""The KKT solve in symbols: which route, S = A H^-1 A' by the labels, and the refs of (w, s).
+"""The KKT solve in symbols: refs of (w, s) for given right-hand sides, along one route.
 
-In: `Declared` and the form of H. Out: `Route` (the decisions, made once) and refs of the solution for given right-hand
-sides. Next file: `structured.py`.
+In: `Declared`, a `Route`, right-hand sides as refs. Out: refs, with calls of solvers where numbers are needed.
+Next file: `structured/plan.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
-from implicitdiff import lowering, solvers
 from implicitdiff.derivatives.declared import Declared
-from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.emit import call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
-from implicitdiff.kkt import Steps, range_space
-from implicitdiff.structure import dependence
-from implicitdiff.structure.analyze import Contribution, classify
-from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.kkt import lowering
+from implicitdiff.kkt.formula import Steps, range_space
+from implicitdiff.kkt.route import RouteFinder
+from implicitdiff.structure.forms import Entry, Form, Space
 
 Refs = list[Ref]
-
-
-@dataclass(frozen=True)
-class Route:
-    """How K is solved. `name`: "unconstrained", "range-space" (S by its labels), "numeric" (S formed densely), "full" (K as one matrix)."""
-
-    name: str
-    hessian: Form
-    hessian_kind: str
-    """The operator that H is handed over as (a dense twin where that is cheaper)."""
-    hessian_solver: str
-    schur: Form | None
-    schur_solver: str
-    common: tuple[Factor, ...]
-    """Label-free factors that all blocks of S share; they are divided out."""
-    common_coefficient: float
-    dependent: dependence.Dependence | None
-    solver: str
-    rejected: tuple[tuple[str, str], ...]
-
-
-def pairs_through(declared: Declared, inverse: dict[int, Ref] | None) -> list[Contribution]:
-    """The terms of A W A' with W = H^-1 diagonal (leaf id -> ref over the leaf's axes), or the identity (None)."""
-    build = declared.build
-    out = []
-    for i, first in enumerate(declared.constraints):
-        for j, second in enumerate(declared.constraints):
-            own = build.labels.fresh(second.labels)
-            for a in first.terms:
-                for b in second.terms:
-                    if a.leaf.id == b.leaf.id:
-                        out.append(_pair(build, (i, j), first.labels, tuple(own.values()), a, b, own, inverse))
-    return out
-
-
-def _pair(build, block, rows, columns, a, b, own, inverse) -> Contribution:  # type: ignore[no-untyped-def]
-    """One product of two terms of A: columns of the variable that both leave free are summed."""
-    hidden = build.labels.fresh(k for k in b.columns if k not in own)
-    names = {**own, **hidden}
-    left = a.coefficient
-    right = b.coefficient.rename(names)
-    theirs = [names[k] for k in b.columns]
-    rename_left: dict[Label, Label] = {}
-    rename_right: dict[Label, Label] = {}
-    columns = list(columns)
-    middle: list[Label] = []
-    summed = []
-    for mine, other in zip(a.columns, theirs, strict=True):
-        if other in hidden.values():
-            rename_right[other] = mine
-            middle.append(mine)
-            if mine not in rows:
-                summed.append(mine)
-        elif mine not in rows:
-            rename_left[mine] = other
-            middle.append(other)
-        else:
-            # a delta on both sides: the axis of one constraint is the axis of the other
-            rename_right[other] = mine
-            columns = [mine if k == other else k for k in columns]
-            middle.append(mine)
-    factors = [left.rename(rename_left), right.rename(rename_right)]
-    if inverse is not None:
-        weight = inverse[a.leaf.id]
-        factors.append(weight.rename(dict(zip(a.leaf.axes, middle, strict=True))))
-    return Contribution(block, tuple(rows), tuple(columns), tuple(factors), tuple(summed))
 
 
 class SymbolicKKT:
     """Builds refs of KKT solves along one route."""
 
-    def __init__(self, declared: Declared, form: Form, linear_solver: str, dtype: torch.dtype, *, full: bool = False,
-                 identity: bool = False) -> None:
-        self.declared, self.build = declared, declared.build
-        self.identity = identity
-        self.route = self._choose(form, linear_solver, dtype, full)
-
-    # ---------------------------------------------------------------- decisions
-
-    def _choose(self, form: Form, linear_solver: str, dtype: torch.dtype, full: bool) -> Route:
-        build = self.build
-        constrained = bool(self.declared.constraints)
-        diagonal = form.kind in ("diagonal", "scaled-identity")
-        dependent = dependence.find(build, self.declared.rows()) if constrained else None
-        base = Route("unconstrained", form, form.kind, "Divide", None, "", (), 1.0, dependent, "divide", ())
-        if constrained and (full or self._surely_singular(form)):
-            reason = "H is singular for every input, so S = A H^-1 A' does not exist"
-            return replace(base, name="full", solver="lu", rejected=(("schur", reason),))
-        if not diagonal:
-            kind, choice = self._hessian_solver(form, linear_solver if not constrained else "auto", dtype)
-            base = replace(base, hessian_kind=kind, hessian_solver=type(choice.solver).__name__,
-                           solver=choice.solver.name, rejected=tuple(choice.rejected))
-            return replace(base, name="numeric", solver="schur") if constrained else base
-        if not constrained:
-            return base
-        schur, common, coefficient = self._schur(form)
-        corners = [k for k in range(len(schur.space.names)) if schur.grid[k][k].is_diagonal]
-        if schur.kind in ("diagonal", "scaled-identity"):
-            solver, name = "Divide", "divide"
-        elif len(schur.space.names) > 1 and corners:
-            solver, name = "Schur", "schur"
-        else:
-            solver, name = "Cholesky", "cholesky"
-        return replace(base, name="range-space", schur=schur, schur_solver=solver, common=common,
-                       common_coefficient=coefficient, solver=name)
-
-    def _hessian_solver(self, form: Form, linear_solver: str, dtype: torch.dtype) -> tuple[str, solvers.Choice]:
-        operator = lowering.meta_operator(self.build, form, form.kind, dtype)
-        choice = solvers.choose(operator, linear_solver)
-        structured = choice.solver.name in ("woodbury", "block-cholesky", "divide", "cg")
-        return (form.kind if structured else "dense"), choice
-
-    def _surely_singular(self, form: Form) -> bool:
-        """Whether some variable has no curvature at all."""
-        grid = form.grid
-        return any(all(e.empty for e in grid[k]) for k in range(len(grid)))
-
-    def _schur(self, form: Form) -> tuple[Form, tuple[Factor, ...], float]:
-        """S with the common factor divided out."""
-        build = self.build
-        inverse = None if self.identity else self.inverse_diagonal(form)
-        space = self.declared.constraint_space
-        schur = classify(build, space, pairs_through(self.declared, inverse))
-        if len(space.names) > 1 and schur.kind not in ("diagonal", "scaled-identity", "zero"):
-            corners = sum(schur.grid[k][k].is_diagonal for k in range(len(space.names)))
-            schur = replace(schur, kind="block", reason=f"one block row per constraint, {corners} of {len(space.names)} corners diagonal")
-        common, coefficient = self._common(schur)
-        if not common and coefficient == 1.0:
-            return schur, (), 1.0
-        inverse_common = [(ref, -power) for ref, power in common]
-        return _scaled(build, schur, inverse_common, 1.0 / coefficient), tuple(common), coefficient
-
-    def inverse_diagonal(self, form: Form) -> dict[int, Ref]:
-        """H^-1 of a diagonal H: leaf id -> ref over the leaf's axes."""
-        out = {}
-        for k, leaf in enumerate(self.declared.variables):
-            diagonal = form.grid[k][k].diagonal
-            assert diagonal is not None
-            names = dict(zip(form.space.rows[k], leaf.node.axes, strict=True))
-            out[leaf.node.id] = self.build.power(diagonal.rename(names), -1.0)
-        return out
-
-    def _common(self, form: Form) -> tuple[list[Factor], float]:
-        """The label-free factors of every block of S."""
-        found: list[dict[Ref, float]] = []
-        numbers = []
-        for row in form.grid:
-            for entry in row:
-                refs = [*entry.dense, *(r for _, r in entry.partial), *(t.weights for t in entry.low_rank)]
-                refs += [] if entry.diagonal is None else [entry.diagonal]
-                for ref in refs:
-                    coefficient, factors = self.build.split(ref)
-                    numbers.append(coefficient)
-                    found.append({r: p for r, p in factors if not r.labels})
-        if not found:
-            return [], 1.0
-        common = [(r, p) for r, p in found[0].items() if all(other.get(r) == p for other in found)]
-        same = len(set(numbers)) == 1 and numbers[0] != 0.0
-        return common, numbers[0] if same else 1.0
-
-    # ---------------------------------------------------------------- solving
+    def __init__(
+        self, declared: Declared, form: Form, linear_solver: str, dtype: torch.dtype, *, full: bool = False,
+        identity: bool = False,
+    ) -> None:
+        self.declared, self.build, self.identity = declared, declared.build, identity
+        self.route = RouteFinder(declared, dtype, identity=identity).choose(form, linear_solver, full=full)
 
     def solve(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
         """(w, s, status refs): a and w over the rows of the variables' space, b and s over the constraints' labels."""
@@ -309,13 +156,16 @@ class SymbolicKKT:
         null = ", null_vectors=null_vectors" if self.route.dependent is not None else ""
         return call(build, f"operators.Block(({grid},), {sizes}{null})", args, (), BATCHED)
 
-    def _cell(self, entry: Entry, i: int, j: int, space, args) -> str | None:  # type: ignore[no-untyped-def]
+    def _cell(
+        self, entry: Entry, i: int, j: int, space: Space, args: list[tuple[Ref, Sequence[Label], int]]
+    ) -> str | None:
         """Template of one block; its arguments are appended to `args`."""
         build = self.build
         if entry.empty and i != j:
             return None
         if i == j and entry.is_diagonal:
             text = f"operators.Diagonal({lowering.flat_text([space.sizes[i]])})".replace("{0}", f"{{{len(args)}}}")
+            assert entry.diagonal is not None
             args.append((entry.diagonal, space.rows[i], BATCHED))
             return text
         text, own = lowering.dense_block(build, entry, space.rows[i], space.columns[j], (space.entries(i), space.entries(j)))
@@ -377,17 +227,3 @@ def jacobian_matrix(declared: Declared, columns: Sequence[tuple[Label, ...]]) ->
             row.append((entry, c.labels, columns[k], (space.entries(i), size)))
         cells.append(row)
     return lowering.joined(build, cells)
-
-
-def _scaled(build: Builder, form: Form, factors: Sequence[Factor], coefficient: float) -> Form:
-    """A form with every block multiplied by a label-free factor."""
-    def times(ref: Ref) -> Ref:
-        return build.mul([(ref, 1.0), *factors], coefficient)
-
-    def entry(e: Entry) -> Entry:
-        return Entry(
-            None if e.diagonal is None else times(e.diagonal), tuple((axes, times(r)) for axes, r in e.partial),
-            tuple(replace(t, weights=times(t.weights)) for t in e.low_rank), tuple(times(r) for r in e.dense),
-        )
-
-    return replace(form, grid=tuple(tuple(entry(e) for e in row) for row in form.grid))

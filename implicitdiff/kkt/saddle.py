@@ -1,7 +1,7 @@
 """KKT systems solved with numbers: where the symbols of H and A end in one matrix each.
 
 In: a factorisation of H, or H itself, and A as tensors. Out: objects with `solve` and `status`. The range-space formula
-is `kkt.range_space`, shared with the symbolic route. Next file: `structured.py`.
+is `formula.range_space`, shared with the symbolic route. Next file: `structured/plan.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicitdiff import operators, solvers
 from implicitdiff.derivatives.kkt import solve_symmetric
-from implicitdiff.kkt import Steps, range_space
+from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.solvers.base import Factorization
 from implicitdiff.status import Status
 

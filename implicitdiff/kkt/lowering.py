@@ -1,7 +1,7 @@
 """Symbolic forms as calls in the emitted code: pack, build the operator, factor, solve, unpack.
 
 In: forms and refs. Out: refs of calls (`graph.emit.call`). Vectors are flat (..., B, m) inside solvers, and
-have the variable's own axes outside. Next file: `symbolic_kkt.py`.
+have the variable's own axes outside. Next file: `route.py`.
 """
 
 from __future__ import annotations
@@ -92,10 +92,8 @@ def dense_block(
     whole = written_out(build, entry, rows, columns)
     args: list[tuple[Ref, Sequence[Label], int]] = []
     if whole is None:
-        zero = build.number(0.0)
         text = f"{{0}}.new_zeros(1, {sizes[0]}, {sizes[1]})"
         args.append((like(build), (), UNBATCHED))
-        del zero
     else:
         simple = len(rows) == 1 and len(columns) == 1
         text = "{0}" if simple else f"saddle.matrix({{0}}, {len(rows)}, {len(columns)})"

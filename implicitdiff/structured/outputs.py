@@ -1,0 +1,170 @@
+"""What each emitted function computes: the answers of a plan as refs.
+
+In: `Declared`, the form of H, the KKT solve in symbols. Out: a `Recipe` for each question. Next file: `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from implicitdiff.derivatives.declared import Declared
+from implicitdiff.graph.emit import Output, call
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
+from implicitdiff.kkt import lowering
+from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
+from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.structure.scale import cancelling
+from implicitdiff.structured.arguments import Arguments
+from implicitdiff.structured.writer import Recipe
+
+
+class Recipes:
+    """The recipes of one problem; stateless but for what it was given."""
+
+    def __init__(self, declared: Declared, form: Form, linear_solver: str, dtype: torch.dtype) -> None:
+        self.declared, self.build, self.form = declared, declared.build, form
+        self.linear_solver, self.dtype = linear_solver, dtype
+        self.arguments = Arguments(declared)
+        self.kkt = SymbolicKKT(declared, form, linear_solver, dtype)
+
+    # ---------------------------------------------------------------- the point
+
+    def value(self) -> Recipe:
+        """f."""
+        return Recipe([Output("value", self.declared.program.objective, ())], [])
+
+    def stationarity(self) -> Recipe:
+        """D_u L, h, and the largest of the terms that cancel in each."""
+        declared, rows = self.declared, self.declared.space.rows
+        slopes = declared.gradient(declared.lagrangian, rows)
+        values = [c.value for c in declared.constraints]
+        outputs = [Output(f"gradient{k}", ref, rows[k]) for k, ref in enumerate(slopes)]
+        outputs += [Output(c.name, c.value, c.labels) for c in declared.constraints]
+        outputs += [Output("scale", self._largest(refs), ()) for refs in (slopes, values)]
+        return Recipe(outputs, [])
+
+    def _largest(self, refs: Sequence[Ref]) -> Ref:
+        """max |term| of each sample over the terms that cancel in `refs`."""
+        terms = [term for ref in refs for term in cancelling(self.build, ref)]
+        like = self.declared.variables[0].node
+        args: list[tuple[Ref, Sequence[Label], int]] = [(self.build.self_ref(like), like.axes, BATCHED)]
+        args += [(t, t.labels, BATCHED) for t in terms]
+        text = ", ".join(f"{{{k}}}" for k in range(len(args)))
+        return call(self.build, f"saddle.largest({text})", args, (), BATCHED)
+
+    def multipliers(self) -> Recipe:
+        """lam with A A' lam = A D_u f: the structured Schur solve with H replaced by the identity."""
+        declared, count = self.declared, len(self.declared.variables)
+        one = Entry(diagonal=self.build.number(1.0))
+        grid = tuple(tuple(one if a == b else Entry() for b in range(count)) for a in range(count))
+        form = Form(declared.space, grid, "scaled-identity", "the identity")
+        solver = SymbolicKKT(declared, form, "auto", self.dtype, identity=True)
+        lam, status = solver.least_squares(declared.gradient(declared.program.objective, declared.space.rows))
+        outputs = [Output(c.name, ref, c.labels) for c, ref in zip(declared.constraints, lam, strict=True)]
+        return Recipe([*outputs, self._status([status])], lam)
+
+    # ---------------------------------------------------------------- the KKT system
+
+    def _sides(self, stem: str, constraint_stem: str, prefix: int) -> tuple[list[Ref], list[Ref]]:
+        """Right-hand sides as leaves, over the rows of the variables and the labels of the constraints."""
+        declared, build = self.declared, self.build
+        on_u = [
+            Ref(build.leaf(self.arguments.of_variable(stem, k), leaf.sizes, prefix).node, declared.space.rows[k])
+            for k, leaf in enumerate(declared.variables)
+        ]
+        return on_u, [declared.constraint_leaf(constraint_stem, c, prefix) for c in declared.constraints]
+
+    def _pair(self, on_u: Sequence[Ref], on_h: Sequence[Ref]) -> list[Output]:
+        declared = self.declared
+        outputs = [Output(f"w{k}", ref, declared.space.rows[k], prefix=STACKED) for k, ref in enumerate(on_u)]
+        return outputs + [
+            Output(c.name, ref, c.labels, prefix=STACKED) for c, ref in zip(declared.constraints, on_h, strict=True)
+        ]
+
+    def kkt_solve(self, *, shifted: bool, full: bool) -> Recipe:
+        """K^-1 (rhs_u, rhs_h), with H + shift I where asked, K as one matrix where asked."""
+        kkt = self.kkt
+        if shifted or full:
+            form = self.shifted() if shifted else self.form
+            kkt = SymbolicKKT(self.declared, form, self.linear_solver, self.dtype, full=full)
+        w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
+        return Recipe([*self._pair(w, s), self._status(status)], [*s, *w])
+
+    def kkt_product(self) -> Recipe:
+        """K (rhs_u, rhs_h) with H by its form: what the probe tests."""
+        return Recipe(self._pair(*self.kkt.product(*self._sides("rhs_u", "rhs_h", STACKED))), [])
+
+    def shifted(self) -> Form:
+        """H + shift I."""
+        build, form = self.build, self.form
+        shift = build.self_ref(build.leaf("shift", (), BATCHED, differentiable=False).node)
+
+        def lifted(e: Entry) -> Entry:
+            return replace(e, diagonal=shift if e.diagonal is None else build.plus(e.diagonal, shift))
+
+        grid = tuple(tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid))
+        return replace(form, grid=grid, kind="scaled-identity" if form.kind == "zero" else form.kind)
+
+    def _status(self, status: Sequence[Ref]) -> Output:
+        """One verdict per sample; a number where nothing is factored."""
+        if not status:
+            return Output("status", self.build.number(0.0), ())
+        if len(status) == 1:
+            return Output("status", status[0], (), prefix=-1)
+        text = ", ".join(f"{{{k}}}" for k in range(len(status)))
+        merged = call(self.build, f"saddle.merged({text})", [(ref, (), -1) for ref in status], (), BATCHED)
+        return Output("status", merged, (), prefix=-1)
+
+    # ---------------------------------------------------------------- the backward pass
+
+    def vjp(self, wanted: Sequence[bool], *, with_lam: bool, full: bool) -> Recipe:
+        """D_theta (D_u L w - h's) with K (w, s) = -(v, v_lam), for the theta that are wanted."""
+        declared, build, rows = self.declared, self.build, self.declared.space.rows
+        kkt = SymbolicKKT(declared, self.form, self.linear_solver, self.dtype, full=True) if full else self.kkt
+        on_u, on_h = self._sides("v", "v_lam", BATCHED)
+        b = [build.scale(-1.0, ref) if with_lam else build.number(0.0) for ref in on_h]
+        w, s, status = kkt.solve([build.scale(-1.0, ref) for ref in on_u], b, BATCHED)
+        held_w = [
+            build.hold(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
+            for k, (ref, leaf) in enumerate(zip(w, declared.variables, strict=True))
+        ]
+        held_s = [build.hold(ref) for ref in s]
+        gradients = declared.input_gradients(held_w, held_s)
+        zeros = [] if with_lam else self._feasible_sums(held_w)
+        outputs = []
+        for need, leaf in zip(wanted, declared.theta, strict=True):
+            ref = gradients.get(leaf.node.id)
+            if not need or ref is None:
+                continue
+            (ref,) = build.replaced([ref], zeros)
+            if build.is_zero(ref):
+                continue
+            if not leaf.placeholder.batched:
+                ref = build.con(ref, (), over_batch=True)
+            outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
+        outputs.sort(key=lambda o: len(o.order))
+        return Recipe([*outputs, self._status(status)], [*held_s, *held_w, *status])
+
+    def _feasible_sums(self, w: Sequence[Ref]) -> list[Ref]:
+        """Sums of w that are exactly a row of A w: they are 0 (in the gradients, which hold w fixed, not before)."""
+        out = []
+        for c in self.declared.constraints:
+            _, factors = self.build.split(self.declared.constraint_tangent(c, w))
+            sums = [ref for ref, power in factors if ref.node.op == "con" and power == 1.0]
+            if len(sums) == 1 and len(factors) == 1:
+                out.append(sums[0])
+        return out
+
+    # ---------------------------------------------------------------- the matrices
+
+    def hessian(self) -> Recipe:
+        """H as an operator."""
+        return Recipe([Output("hessian", lowering.operator(self.build, self.form), (), prefix=-1)], [])
+
+    def jacobian(self) -> Recipe:
+        """A, rows in the order of the constraint blocks."""
+        ref = jacobian_matrix(self.declared, self.declared.space.columns)
+        return Recipe([Output("jacobian", ref, ref.labels)], [])

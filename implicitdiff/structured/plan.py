@@ -1,0 +1,253 @@
+"""The structured plan: every question about a problem answered by code emitted from its proved structure.
+
+In: a `Trace`. Out: `StructuredPlan`, which satisfies `implicitdiff.plan.Plan`. Translation, derivatives, classification and
+the choice of the solver happen once. Where a factorisation fails, K is taken as one matrix; where the probe finds the
+structure wrong, the dense plan answers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff.derivatives.autodiff import AutodiffPlan
+from implicitdiff.derivatives.declared import Declared
+from implicitdiff.derivatives.stationarity import Stationarity
+from implicitdiff.errors import StructureMismatchWarning
+from implicitdiff.graph import rules
+from implicitdiff.graph.trace import Trace
+from implicitdiff.graph.translate import translate
+from implicitdiff.operators import LinearOperator
+from implicitdiff.status import Status
+from implicitdiff.structure.analyze import classify
+from implicitdiff.structure.probe import agree, direction
+from implicitdiff.structure.report import Analysis
+from implicitdiff.structured.arguments import Leaves
+from implicitdiff.structured.outputs import Recipes
+from implicitdiff.structured.report import report
+from implicitdiff.structured.writer import Writer, Written
+
+assert rules.__all__  # importing the package is what registers the translation rules
+
+
+class StructuredPlan:
+    """One problem's plan; nothing changes after it is built but for functions that are written on first use.
+
+    Attributes:
+        trace: the traced functions.
+        analysis: what was found.
+        needs_multipliers: whether lam reaches H or an input gradient.
+        dense: the plan that answers where this one must not.
+    """
+
+    def __init__(self, trace: Trace, linear_solver: str, dense: AutodiffPlan) -> None:
+        """Derives everything.
+
+        Args:
+            trace: the traced functions.
+            linear_solver: the layer's option.
+            dense: the plan to fall back on.
+
+        Raises:
+            Unsupported: something is not covered; it names the operation, the user's line and the reason.
+        """
+        self.trace, self.dense = trace, dense
+        dtype = next(p.dtype for p in trace.placeholders if p.dtype.is_floating_point)
+        program = translate(trace)
+        outputs = () if trace.equality is None else trace.equality.output_shapes
+        self.declared = Declared(program, [tuple(shape) for shape in outputs])
+        form = classify(program.build, self.declared.space, self.declared.hessian_terms)
+        self.recipes = Recipes(self.declared, form, linear_solver, dtype)
+        self.arguments = self.recipes.arguments
+        route = self.recipes.kkt.route
+        null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
+        self.writer = Writer(self.arguments, program.constants, null)
+        every = self._vjp(tuple(leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta), False, False)
+        self.needs_multipliers = any(
+            self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
+        )
+        self.analysis: Analysis = report(self.declared, form, route, every.emitted.source)
+        self._contradiction: bool | None = None
+
+    # ---------------------------------------------------------------- the point
+
+    def value(self, u: Leaves, theta: Leaves) -> Tensor:
+        """The objective of each sample, (B,)."""
+        function = self.writer.function("value", "value", "f", self.recipes.value)
+        found: Tensor = function(self.arguments.point(u, (), theta))[0]
+        if not bool(torch.isfinite(found).all()):
+            found = function(self.arguments.point(_off_zero(u), (), theta))[0]
+        return found.expand(u[0].shape[0])
+
+    def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
+        """D_u L and h, with the largest of the terms that cancel in each."""
+        function = self.writer.function("stationarity", "stationarity", "D_u L, h, scales", self.recipes.stationarity)
+        out = function(self.arguments.point(u, lam, theta))
+        count, batch = len(u), u[0].shape[0]
+        gradient = tuple(
+            g.expand(batch, *leaf.sizes).reshape(t.shape)
+            for g, leaf, t in zip(out, self.declared.variables, u, strict=False)
+        )
+        constraint = self.arguments.joined([c.expand(batch, *c.shape[1:]) for c in out[count:-2]], 1)
+        return Stationarity(gradient, out[-2].expand(batch), constraint, out[-1].expand(batch))
+
+    def multipliers(self, u: Leaves, theta: Leaves) -> Leaves:
+        """The least-squares solution of A'lam = D_u f, of minimum norm where constraints are proved dependent."""
+        if not self.declared.constraints:
+            return ()
+        function = self.writer.function("multipliers", "multipliers", "A A' lam = A D_u f", self.recipes.multipliers)
+        out = function(self.arguments.point(u, (), theta))
+        batch = u[0].shape[0]
+        if bool((self._verdicts(out[-1], u) != Status.OK).any()):
+            return self.dense.multipliers(u, theta)
+        return self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
+
+    # ---------------------------------------------------------------- the KKT system
+
+    def kkt_solve(
+        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
+    ) -> tuple[Leaves, Leaves, Tensor]:
+        """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
+        if self._contradicted(u, lam, theta):
+            return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
+        values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h)}
+        shifted = shift is not None
+        if shift is not None:
+            values["shift"] = shift
+        for full in self._attempts():
+            function = self._kkt(shifted, full)
+            out = function(values)
+            status = self._verdicts(out[-1], u)
+            if not bool((status == Status.SINGULAR).any()):
+                break
+        lead, count = rhs_u[0].shape[:2], len(self.declared.variables)
+        w = tuple(
+            x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
+            for x, leaf in zip(out[:count], self.declared.variables, strict=True)
+        )
+        s = self.arguments.joined([b.expand(*lead, *b.shape[2:]) for b in out[count:-1]], 2)
+        return w, s, status
+
+    def _kkt(self, shifted: bool, full: bool) -> Written:
+        return self.writer.function(
+            ("kkt", shifted, full), "kkt_solve", "K (w, s) = (rhs_u, rhs_h)",
+            lambda: self.recipes.kkt_solve(shifted=shifted, full=full),
+        )
+
+    def _attempts(self) -> tuple[bool, ...]:
+        """The structured route, then K as one matrix: for H singular with a regular K, and dependent constraints."""
+        return (False, True) if self.declared.constraints and self.recipes.kkt.route.name != "full" else (False,)
+
+    def _verdicts(self, status: Any, u: Leaves) -> Tensor:
+        if isinstance(status, Tensor) and status.dtype == torch.int8:
+            return status.expand(u[0].shape[0])
+        return torch.zeros(u[0].shape[0], dtype=torch.int8, device=u[0].device)
+
+    # ---------------------------------------------------------------- the backward pass
+
+    def vjp(
+        self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        """A gradient per theta that needs one, and the status of each sample."""
+        if self._contradicted(u, lam, theta):
+            return self.dense.vjp(u, lam, theta, v_u, v_lam, needs)
+        values = {
+            **self.arguments.point(u, lam, theta),
+            **self.arguments.sides("v", "v_lam", v_u, () if v_lam is None else v_lam),
+        }
+        theta_leaves = self.declared.theta
+        wanted = tuple(
+            need and leaf.placeholder.dtype.is_floating_point for need, leaf in zip(needs, theta_leaves, strict=True)
+        )
+        for full in self._attempts():
+            function = self._vjp(wanted, v_lam is not None, full)
+            out = function(values)
+            if self._lost(out[:-1], u):
+                out = function({**values, **self.arguments.point(_off_zero(u), lam, theta)})
+            status = self._verdicts(out[-1], u)
+            if not bool((status == Status.SINGULAR).any()):
+                break
+        found = dict(zip(function.emitted.results, out, strict=True))
+        grads = tuple(
+            (found[leaf.name].reshape(t.shape) if leaf.name in found else torch.zeros_like(t)) if need else None
+            for need, leaf, t in zip(wanted, theta_leaves, theta, strict=True)
+        )
+        return grads, status
+
+    def _vjp(self, wanted: tuple[bool, ...], with_lam: bool, full: bool) -> Written:
+        return self.writer.function(
+            ("vjp", wanted, with_lam, full), "backward", "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
+            lambda: self.recipes.vjp(wanted, with_lam=with_lam, full=full),
+        )
+
+    def _lost(self, grads: Sequence[Tensor], u: Leaves) -> bool:
+        """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
+
+        The large gradients are not read again: they have the pattern of w, which is 0 there.
+        """
+        return any(not bool(torch.isfinite(g).all()) for g in grads if g.numel() < u[0].numel())
+
+    # ---------------------------------------------------------------- the probe
+
+    def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
+        """Whether the one product that is tested, on the first call with data, differs from automatic differentiation."""
+        if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
+            self._contradiction = not agree(*self._probe(u, lam, theta))
+            if self._contradiction:
+                warnings.warn(
+                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic differentiation; "
+                    "the dense path is taken instead. Please report this as a bug, with the problem.",
+                    StructureMismatchWarning,
+                    stacklevel=2,
+                )
+        return bool(self._contradiction)
+
+    def _probe(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Leaves]:
+        """K z for the first sample and a fixed z: by the forms, and by automatic differentiation."""
+        one_u, one_lam = tuple(t[:1] for t in u), tuple(t[:1] for t in lam)
+        if self.declared.constraints and not lam:
+            one_lam = tuple(u[0].new_zeros(1, *shape) for shape in self.declared.output_shapes)
+        one_theta = tuple(
+            t[:1] if leaf.placeholder.batched else t for t, leaf in zip(theta, self.declared.theta, strict=True)
+        )
+        w = tuple(direction(t, 1.0 + k) for k, t in enumerate(one_u))
+        s = tuple(direction(t, 2.0 + k) for k, t in enumerate(one_lam))
+        stacked = self.arguments.sides("rhs_u", "rhs_h", tuple(t[None] for t in w), tuple(t[None] for t in s))
+        function = self.writer.function("probe", "kkt_product", "K (rhs_u, rhs_h)", self.recipes.kkt_product)
+        out = function({**self.arguments.point(one_u, one_lam, one_theta), **stacked})
+        on_u = tuple(x.expand(1, 1, *x.shape[2:]).reshape(t.shape) for x, t in zip(out, one_u, strict=False))
+        on_h = tuple(t[0] for t in self.arguments.joined(out[len(one_u) :], 2))
+        product_u, product_h = self.dense.lagrangian.kkt_product(one_u, one_lam, one_theta, w, s)
+        return (*on_u, *on_h), (*product_u, *product_h)
+
+    # ---------------------------------------------------------------- the matrices
+
+    def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
+        """H = D_uu L, of the kind that was proved."""
+        function = self.writer.function("hessian", "hessian", "H = D_uu L", self.recipes.hessian)
+        found = function(self.arguments.point(u, lam, theta))[0]
+        assert isinstance(found, LinearOperator)
+        return found
+
+    def constraint_jacobian(self, u: Leaves, theta: Leaves) -> Tensor:
+        """A, (B, p, m)."""
+        batch = u[0].shape[0]
+        if not self.declared.constraints:
+            return u[0].new_zeros((batch, 0, self.declared.space.size))
+        function = self.writer.function("jacobian", "constraint_jacobian", "A = D_u h", self.recipes.jacobian)
+        rows: Tensor = function(self.arguments.point(u, (), theta))[0].expand(batch, -1, -1)
+        space, numbers, start = self.declared.constraint_space, [], 0
+        for k in range(len(space.names)):
+            numbers.append(torch.arange(start, start + space.entries(k), device=rows.device)[None])
+            start += space.entries(k)
+        order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
+        return rows[:, order]
+
+
+def _off_zero(u: Leaves) -> Leaves:
+    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
+    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)

@@ -1,0 +1,79 @@
+"""Emitted functions of one problem: written on first use, kept, run.
+
+In: outputs as refs. Out: results. A function lists only the arguments that it uses. Next file: `outputs.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff import operators, solvers
+from implicitdiff.graph.emit import Emitted, Emitter, Output
+from implicitdiff.graph.ir import Ref, reachable
+from implicitdiff.kkt import saddle
+from implicitdiff.structured.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class Written:
+    """An emitted function and the arguments it takes."""
+
+    emitted: Emitted
+    arguments: tuple[str, ...]
+
+    def __call__(self, values: dict[str, Tensor]) -> tuple[Any, ...]:
+        """The results for the tensors of a call, by name."""
+        return self.emitted.call(*(values[name] for name in self.arguments))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a function returns; the refs `first` are computed before anything else."""
+
+    outputs: list[Output]
+    first: list[Ref]
+
+
+class Writer:
+    """The functions of one problem by key. Writing is done under a lock: the builder is shared."""
+
+    def __init__(self, arguments: Arguments, constants: dict[str, Tensor], null_vectors: tuple[Tensor, ...]) -> None:
+        self.arguments = arguments
+        self.namespace: dict[str, Any] = {
+            "torch": torch, "operators": operators, "solvers": solvers, "saddle": saddle, **constants,
+        }
+        if null_vectors:
+            self.namespace["null_vectors"] = null_vectors
+        self.known: dict[Hashable, Written] = {}
+        self.lock = threading.RLock()
+
+    def function(self, key: Hashable, name: str, document: str, recipe: Callable[[], Recipe]) -> Written:
+        """The function of a key, written now if it is new."""
+        with self.lock:
+            if key not in self.known:
+                self.known[key] = self._write(name, document, recipe())
+            return self.known[key]
+
+    def _write(self, name: str, document: str, recipe: Recipe) -> Written:
+        declared = self.arguments.declared
+        nodes = reachable([*(o.ref.node for o in recipe.outputs), *(ref.node for ref in recipe.first)])
+        leaves = {node.data[0]: node for node in nodes if node.op == "leaf"}  # type: ignore[index]
+        like = declared.variables[0].name
+        names = tuple(n for n in self.arguments.order() if n in leaves or n == like)
+        preamble = [line for n in names if n in leaves for line in self._reshape(n, leaves[n].sizes, leaves[n].prefix)]
+        emitter = Emitter(declared.build, like)
+        emitted = emitter.function(name, names, recipe.outputs, self.namespace, preamble, document, recipe.first)
+        return Written(emitted, names)
+
+    def _reshape(self, name: str, sizes: tuple[int, ...], prefix: int) -> list[str]:
+        """The statement that gives an argument the finer axes of its leaf, where they differ from its dimensions."""
+        if self.arguments.shape(name) == tuple(sizes):
+            return []
+        lead = [f"*{name}.shape[:{prefix}]"] if prefix else []
+        return [f"{name} = {name}.reshape(({', '.join([*lead, *map(str, sizes)])}{',' if len(lead) + len(sizes) == 1 else ''}))"]

@@ -1,0 +1,162 @@
+"""Costs from shapes alone, reasons for refusing, and the choice of a solver."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from implicitdiff.errors import NotSupportedYetError, OptionError
+from implicitdiff.operators import (
+    Block,
+    Dense,
+    Diagonal,
+    LinearOperator,
+    LowRankPlusDiagonal,
+    MatrixFree,
+)
+from implicitdiff.solvers import (
+    PLANNED,
+    SOLVERS,
+    choose,
+    solver_named,
+)
+from tests.operator_cases import BY_NAME
+from tests.operator_draws import Draw
+from tests.solver_checks import ALL, CPU, PAIRS
+
+
+def on_meta(operator: LinearOperator) -> LinearOperator:
+    """The same operator with tensors that have shapes only."""
+
+    def move(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to("meta")
+        if isinstance(value, LinearOperator):
+            return on_meta(value)
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
+        return torch.device("meta") if isinstance(value, torch.device) else value
+
+    return type(operator)(**{name: move(value) for name, value in operator.__dict__.items()})
+
+
+@pytest.mark.parametrize(("solver", "row"), PAIRS)
+def test_costs_come_from_shapes_alone(solver: str, row: str) -> None:
+    operator, _ = BY_NAME[row].build(Draw(3))
+    cost = ALL[solver].cost(operator)
+    assert min(cost.flops, cost.bytes, cost.peak) > 0
+    assert all(isinstance(value, int) for value in (cost.flops, cost.bytes, cost.peak))
+    assert ALL[solver].cost(on_meta(operator)) == cost
+    assert choose(on_meta(operator)).solver.name == choose(operator).solver.name
+    single, _ = BY_NAME[row].build(Draw(3, dtype=torch.float32))
+    assert ALL[solver].cost(single).flops == cost.flops
+    assert 2 * ALL[solver].cost(single).bytes == cost.bytes
+
+
+def meta_low_rank(batch: int, size: int, rank: int) -> LowRankPlusDiagonal:
+    shapes = ((batch, 1), (batch, size, rank), (batch, rank))
+    return LowRankPlusDiagonal(*(torch.empty(shape, device="meta") for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected", "reason"),
+    [(16, "woodbury", "cholesky"), (64, "woodbury", "cholesky"), (1024, "cholesky", "k = 1024 >= m = 128")],
+)
+def test_pooling_sizes(rank: int, expected: str, reason: str) -> None:
+    for batch in (1, 8):
+        choice = choose(meta_low_rank(batch, 128, rank))
+        assert choice.solver.name == expected
+        assert choice.cost == choice.solver.cost(meta_low_rank(batch, 128, rank))
+        assert reason in str(choice.rejected)
+        assert choice.solver.name not in dict(choice.rejected)
+        assert "lu" in dict(choice.rejected)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("zero", "divide"),
+        ("scaled identity", "divide"),
+        ("diagonal", "divide"),
+        ("rows of a matrix", "block-cholesky"),
+        ("low rank", "woodbury"),
+        ("rank above the size", "cholesky"),
+        ("different factors", "woodbury"),
+        ("transport 5 x 3", "schur"),
+        ("two uncoupled corners round a dense block", "schur"),
+        ("unsymmetric grid", "schur"),
+        ("dense", "cholesky"),
+        ("dense, unsymmetric", "lu"),
+        ("matrix-free", "cg"),
+    ],
+)
+def test_automatic_choice(row: str, expected: str) -> None:
+    operator, _ = BY_NAME[row].build(Draw(2))
+    assert choose(operator).solver is SOLVERS[expected]
+
+
+def test_choice_for_indefinite_matrices() -> None:
+    choice = choose(Dense(torch.empty(1, 4, 4)), definite=False)
+    assert choice.solver.name == "lu"
+    assert dict(choice.rejected)["cholesky"] == "the matrix is not positive definite"
+    free_corner = Block(((Dense(torch.eye(3)[None]), None), (None, Zero(2, 1, torch.float32, CPU))), (3, 2))
+    assert choose(free_corner).solver.name == "lu"
+    with pytest.raises(OptionError, match="no solver takes the matrix-free matrix"):
+        choose(MatrixFree(lambda v: v, 3, 1, torch.float32, CPU), definite=False)
+
+
+def test_large_corners_make_schur_worth_it_only_if_they_are_diagonal() -> None:
+    two_dense = Block(((Dense(torch.eye(3)[None]), None), (None, Dense(torch.eye(2)[None]))), (3, 2))
+    choice = choose(two_dense)
+    assert choice.solver.name == "cholesky"
+    assert (
+        dict(choice.rejected)["schur"]
+        == "no block on the diagonal of the grid is itself diagonal (dense, dense)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("solver", "row", "reason"),
+    [
+        ("divide", "dense", "the matrix is dense, not diagonal"),
+        ("block-cholesky", "low rank", "the matrix is low-rank-plus-diagonal, not block-diagonal"),
+        ("woodbury", "dense", "the matrix is dense, not low-rank-plus-diagonal"),
+        ("woodbury", "rank above the size", "k = 7 >= m = 4"),
+        ("cholesky", "dense, unsymmetric", "the matrix is not symmetric"),
+        ("cholesky", "zero", "the matrix is zero"),
+        ("lu", "matrix-free", "the matrix is known by its products only and is not written down"),
+        ("ldl", "different factors", "the matrix is not symmetric"),
+        ("schur", "dense", "the matrix is dense, not a grid of blocks"),
+        ("cg", "matrix-free, unsymmetric", "the matrix is not symmetric"),
+        ("cg", "zero", "the matrix is zero"),
+    ],
+)
+def test_reasons_for_refusing(solver: str, row: str, reason: str) -> None:
+    operator, _ = BY_NAME[row].build(Draw(1))
+    assert SOLVERS[solver].reject(operator) == reason
+    with pytest.raises(OptionError) as caught:
+        choose(operator, solver)
+    assert reason in str(caught.value)
+    assert solver in str(caught.value)
+
+
+def test_schur_refuses_single_blocks_and_products() -> None:
+    free = MatrixFree(lambda v: v, 2, 1, torch.float32, CPU)
+    assert (
+        SOLVERS["schur"].reject(Block(((Diagonal(torch.ones(1, 2)),),), (2,)))
+        == "the grid has one block only"
+    )
+    grid = Block(((Diagonal(torch.ones(1, 3)), None), (None, free)), (3, 2))
+    assert "products only" in str(SOLVERS["schur"].reject(grid))
+
+
+def test_requested_names() -> None:
+    operator, _ = BY_NAME["dense"].build(Draw(1))
+    for name in ("cholesky", "lu", "ldl", "cg"):
+        choice = choose(operator, name)
+        assert choice.solver.name == name
+        assert choice.rejected == ()
+    with pytest.raises(OptionError, match=r"'QR'.*'divide'.*'cg'"):
+        choose(operator, "QR")
+    for name in PLANNED:
+        with pytest.raises(NotSupportedYetError, match=name):
+            solver_named(name)
