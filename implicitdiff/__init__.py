@@ -5,6 +5,8 @@ its solution as a differentiable layer. Every public name is listed here; the wa
 ``problem.py``.
 """
 
+from implicitdiff import operators, optimizers
+from implicitdiff.diagnostics import check, compare, explain
 from implicitdiff.errors import (
     CapturedTensorError,
     ControlFlowError,
@@ -27,13 +29,17 @@ from implicitdiff.errors import (
     TraceError,
     UnrollError,
 )
+from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import FixedPoint, Problem, Root, Solution
+from implicitdiff.records import record
 from implicitdiff.status import Status
+from implicitdiff.vjp import derivatives, jacobian
 
 __all__ = [
     "CapturedTensorError",
     "ControlFlowError",
     "ConvergenceError",
+    "DeclarativeLayer",
     "FallbackWarning",
     "FixedPoint",
     "ImplicitDiffError",
@@ -56,4 +62,13 @@ __all__ = [
     "StructureMismatchWarning",
     "TraceError",
     "UnrollError",
+    "check",
+    "compare",
+    "derivatives",
+    "explain",
+    "jacobian",
+    "operators",
+    "optimizers",
+    "record",
+    "solve",
 ]

@@ -19,7 +19,7 @@ import torch
 from implicitdiff.attributes import scan
 from implicitdiff.errors import InputError
 from implicitdiff.problem import Problem, require_problem
-from implicitdiff.pytrees import Spec, describe, flatten, leaf_names, unflatten
+from implicitdiff.pytrees import Spec, describe, flat_spec, flatten, leaf_names, unflatten
 from implicitdiff.torch_private import is_fake, is_wrapped, values_are_readable
 
 InDims: TypeAlias = Any  # int, None, or a pytree prefix of them
@@ -127,11 +127,12 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
     """
     require_problem(problem)
     inputs = tuple(inputs)
-    values, spec = flatten(inputs)
+    plain = all(isinstance(value, torch.Tensor) for value in inputs)
+    values, spec = (inputs, flat_spec(len(inputs))) if plain else flatten(inputs)
     parameters = parameter_names(problem, inputs)
-    names = [
-        leaf for x, base in zip(inputs, parameters, strict=True) for leaf in leaf_names(flatten(x)[1], base)
-    ]
+    names: list[str] = []
+    for value, base in zip(inputs, parameters, strict=True):
+        names += [base] if isinstance(value, torch.Tensor) else leaf_names(flatten(value)[1], base)
     dims = _spread(in_dims, inputs, parameters)
 
     tensors: list[tuple[str, torch.Tensor, int | None]] = []
@@ -144,8 +145,7 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
     if not tensors:
         raise InputError(
             f"{type(problem).__name__} was called with no inputs that are tensors: at least one tensor is "
-            "needed to "
-            "fix dtype and device; pass the data as tensors, or a dummy torch.zeros(())"
+            "needed to fix dtype and device; pass the data as tensors, or a dummy torch.zeros(())"
         )
     batch = _batch_size(tensors)
     leaves = tuple(x if d in (None, 0) else x.movedim(d, 0) for _, x, d in tensors)
@@ -264,8 +264,7 @@ def _spread(in_dims: InDims, inputs: tuple[Any, ...], names: Sequence[str]) -> l
     if len(in_dims) != len(inputs):
         raise InputError(
             f"in_dims has {len(in_dims)} entries, but there are {len(inputs)} inputs ({', '.join(names)}): "
-            "give one "
-            "entry per input"
+            "give one entry per input"
         )
     spread: list[int | None] = []
     for dims, value, name in zip(in_dims, inputs, names, strict=True):
@@ -278,8 +277,8 @@ def _spread_one(dims: InDims, value: Any, name: str) -> list[int | None]:
         return [dims] * len(flatten(value)[0])
     mismatch = InputError(
         f"in_dims for input {name} is {dims!r}, which is no prefix of its structure "
-        f"{describe(flatten(value)[1])}: use "
-        "an int or None for the whole input, or the same containers with an int or None for each part"
+        f"{describe(flatten(value)[1])}: use an int or None for the whole input, or the same containers "
+        "with an int or None for each part"
     )
     if isinstance(value, dict):
         if not isinstance(dims, dict) or set(dims) != set(value):
@@ -312,8 +311,8 @@ def _axis(name: str, value: torch.Tensor, dim: int | None) -> int | None:
     if not -value.dim() <= dim < value.dim():
         raise InputError(
             f"input {name} has shape {tuple(value.shape)}, so its rank {value.dim()} is too low for the "
-            "batch axis "
-            f"in_dims = {dim}: add a batch axis, or set its entry of in_dims to None if all samples share it"
+            f"batch axis in_dims = {dim}: add a batch axis, or set its entry of in_dims to None if all "
+            "samples share it"
         )
     return dim % value.dim()
 
@@ -327,8 +326,7 @@ def _constant(name: str, value: Any) -> Hashable:
         raise InputError(f"input {name} is a numpy {kind.__name__}: pass torch.as_tensor({name})")
     raise InputError(
         f"input {name} is a {kind.__name__}: inputs are tensors or pytrees of tensors (tuple, list, dict); "
-        "numbers, "
-        "strings and None are constants; keep anything else as an attribute of the Problem"
+        "numbers, strings and None are constants; keep anything else as an attribute of the Problem"
     )
 
 
@@ -341,9 +339,8 @@ def _batch_size(tensors: Sequence[tuple[str, torch.Tensor, int | None]]) -> int 
         if size != batch:
             raise InputError(
                 f"the batch sizes differ: input {first_name} has {batch} samples along axis {first_dim}, "
-                f"input {name} "
-                f"has {size} along axis {dim}; set the in_dims entry of an input that all samples share to "
-                "None"
+                f"input {name} has {size} along axis {dim}; set the in_dims entry of an input that all "
+                "samples share to None"
             )
     return batch
 

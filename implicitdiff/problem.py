@@ -61,8 +61,8 @@ class Problem(torch.nn.Module):
         """Raise: a Problem is a declaration, the layer solves it."""
         name = type(self).__name__
         raise ProblemDefinitionError(
-            f"{name} is a declaration and cannot be called: wrap it in idf.DeclarativeLayer, "
-            f"as in layer = idf.DeclarativeLayer({name}(...)); u = layer(x)"
+            f"{name} is a declaration and cannot be called: wrap it in idf.DeclarativeLayer, as in layer = "
+            f"idf.DeclarativeLayer({name}(...)); u = layer(x)"
         )
 
     # The declaration, for one sample

@@ -6,6 +6,7 @@ names such as ``x['cost']`` for messages, and a structure to put leaves back int
 ``attributes.py``.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -19,6 +20,12 @@ def flatten(tree: Any) -> tuple[tuple[Any, ...], Spec]:
     """The leaves of a pytree and its structure; a tensor, a number or None is a leaf."""
     leaves, spec = pytree.tree_flatten(tree)
     return tuple(leaves), spec
+
+
+@functools.lru_cache
+def flat_spec(length: int) -> Spec:
+    """The structure of a tuple of that many leaves."""
+    return flatten((0,) * length)[1]
 
 
 def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:

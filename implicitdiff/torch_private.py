@@ -29,12 +29,16 @@ __all__ = [
     "clean_context",
     "current_graph",
     "first_entry",
+    "grad_batched_level",
     "has_tangent",
     "is_fake",
+    "is_grad_batched",
     "is_wrapped",
+    "lower_grad_batched",
     "make_fx",
     "nested_forward_mode",
     "pytree",
+    "raise_grad_batched",
     "tangent_free",
     "values_are_readable",
 ]
@@ -113,3 +117,31 @@ def first_entry(tensor: torch.Tensor) -> torch.Tensor:
         if dim >= 0:
             tensor = tensor.select(dim, 0)
     return tensor.detach()
+
+
+def is_grad_batched(tensor: torch.Tensor) -> bool:
+    """Whether the tensor carries an axis of ``autograd.grad(is_grads_batched=True)``.
+
+    That option and ``autograd.functional`` with ``vectorize=True`` use an older vmap than torch.func's, under which an
+    autograd.Function's own vmap rule is not called.
+    """
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+
+
+def grad_batched_level() -> int:
+    """How many of these older vmaps are active here."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def lower_grad_batched(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    """The plain tensor under a grad-batched one, its axis in front."""
+    lowered: torch.Tensor = torch._remove_batch_dim(tensor, level, 1, 0)  # type: ignore[attr-defined]
+    return lowered
+
+
+def raise_grad_batched(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    """The grad-batched tensor over a plain one, whose first axis is hidden."""
+    raised: torch.Tensor = torch._add_batch_dim(tensor, 0, level)  # type: ignore[attr-defined]
+    return raised

@@ -122,22 +122,35 @@ def _residual(u: Tensor, gradient: Tensor, weight: Tensor, kappa: Tensor, s: Ten
     return torch.where(size == 0, size, size / scale)
 
 
-def descend(penalty: Penalty, x: Tensor, alpha: Tensor, start: Tensor) -> Descent:
-    """A local minimiser from a start point, to the rounding error of the gradient.
+def descend(penalty: Penalty, x: Tensor, alpha: Tensor, starts: Tensor) -> Descent:
+    """A local minimiser, no higher than any of the start points, to the rounding error of its gradient.
 
     Reweighted means never raise the objective where rho is concave in s (all of Table 1), and converge fast
-    when m is large. Samples they leave unfinished go on with Newton steps, accepted where they do better.
+    when m is large. From the lowest point they reach, unfinished samples go on with Newton steps.
 
     Args:
         penalty: With what is known about it.
-        x: Points (..., m, n).
-        alpha: Broadcasts to (..., n).
-        start: (..., m), its leading axes those of x or more.
+        x: Points (batch, m, n).
+        alpha: Broadcasts to (batch, n).
+        starts: (starts, batch, m).
 
     Returns:
-        Descent. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step of an unfinished sample.
+        Descent over the batch. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step of an unfinished
+        sample.
     """
-    here = evaluate(penalty.rho, x, alpha, start)
+    found = _reweight(penalty, x, alpha, starts)
+    lowest = torch.where(torch.isfinite(found.value), found.value, torch.inf).argmin(0)
+    here = found.at((lowest, torch.arange(x.shape[0], device=x.device)))
+    (rest,) = (~(here.residual <= tightness(x))).nonzero(as_tuple=True)
+    if rest.numel() == 0:
+        return here
+    alpha = alpha.expand(x.shape[0], 1)[rest]
+    damping = torch.zeros_like(here.residual[rest])
+    return _newton(penalty, x[rest], alpha, here.at((rest,)), damping, NEWTON_STEPS).scattered((rest,), here)
+
+
+def _reweight(penalty: Penalty, x: Tensor, alpha: Tensor, starts: Tensor) -> Descent:
+    here = evaluate(penalty.rho, x, alpha, starts)
     active = ~(here.residual <= tightness(x))
     for _ in range(REWEIGHTED_STEPS):
         if not bool(active.any()):
@@ -147,19 +160,7 @@ def descend(penalty: Penalty, x: Tensor, alpha: Tensor, start: Tensor) -> Descen
         active = active & ahead.reweighted_lower(here, penalty.concave)
         here = ahead.where(active, here)
         active = active & ~(here.residual <= tightness(x))
-    rest = (~(here.residual <= tightness(x))).nonzero(as_tuple=True)
-    if rest[0].numel() == 0:
-        return here
-    samples = start.shape[:-1]
-    polished = _newton(
-        penalty,
-        x.expand(*samples, *x.shape[-2:])[rest],
-        alpha.expand(*samples, 1)[rest],
-        here.at(rest),
-        torch.zeros_like(here.residual[rest]),
-        NEWTON_STEPS,
-    )
-    return polished.scattered(rest, into=here)
+    return here
 
 
 def _newton(
@@ -198,7 +199,7 @@ def _newton(
                 return here
             unfinished = here.at((rest,))
             others = _newton(penalty, x[rest], alpha[rest], unfinished, damping[rest], steps - done - 1)
-            return others.scattered((rest,), into=here)
+            return others.scattered((rest,), here)
     return here
 
 
@@ -209,12 +210,3 @@ def _hessian(rho: Rho, x: Tensor, alpha: Tensor, u: Tensor) -> Tensor:
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     outer = (difference * (4 * second)[..., None, :]) @ difference.mT
     return (2 * first).sum(-1)[..., None, None] * identity + outer
-
-
-def lowest(found: Descent, tight: float) -> Descent:
-    """Of the starts along the first axis, per sample the stationary one of least value, else the least."""
-    value = torch.where(torch.isfinite(found.value), found.value, torch.inf)
-    unfinished = ~(found.residual <= tight)
-    pick = torch.where(unfinished & ~unfinished.all(0), torch.inf, value).argmin(0)
-    others = torch.arange(pick.numel(), device=pick.device)
-    return found.map(lambda field: field[pick, others])

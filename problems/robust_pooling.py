@@ -11,7 +11,7 @@ from implicitdiff import Problem, Solution, Status
 from implicitdiff.errors import InputError, SingularError
 
 from .coefficients import name_samples, per_sample, register, resolve
-from .descent import Descent, descend, lowest, tightness
+from .descent import Descent, descend
 from .penalties import PENALTIES, Penalty, Rho, find_penalty, slopes
 
 POINTS_TRIED = 32
@@ -65,19 +65,19 @@ class RobustPooling(Problem):
         """u (batch, m) for x (batch, m, n): the mean, or reweighted means followed by Newton steps.
 
         Non-convex penalties start from the mean, the coordinate-wise median and the best of 32 of the points,
-        and keep the lowest minimum per sample.
+        and follow the lowest descent of each sample to its end.
         """
         _check_points(x, 3)
         width = per_sample("alpha", self.alpha, alpha, x.shape[0])[..., None]
         if self.rho is PENALTIES["quadratic"].rho:
             return Solution(x.mean(2), status=x.new_zeros(x.shape[0], dtype=torch.int8))
+        if x.shape[0] == 0:
+            return Solution(x.new_zeros(x.shape[:2]), status=x.new_zeros(0, dtype=torch.int8))
+        starts = [x.mean(2)]
+        if not self.convex:
+            starts += [x.median(2).values, _best_point(self.rho, x, width)]
         known = Penalty(self.penalty, self.rho, self.convex, self.concave)
-        if self.convex or x.shape[0] == 0:
-            found = descend(known, x, width, x.mean(2))
-        else:
-            best_point = _best_point(self.rho, x, width)
-            starts = torch.stack([x.mean(2), x.median(2).values, best_point])
-            found = lowest(descend(known, x, width, starts), tightness(x))
+        found = descend(known, x, width, torch.stack(starts))
         return Solution(found.u, status=_status(found))
 
     def vjp(

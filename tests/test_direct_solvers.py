@@ -13,6 +13,7 @@ from implicitdiff.solvers import (
     SOLVERS,
 )
 from implicitdiff.status import Status
+from tests.operator_draws import Draw
 from tests.solver_checks import (
     LargestTensor,
     close,

@@ -12,6 +12,7 @@ from implicitdiff.errors import OptionError
 from implicitdiff.optimality import tolerance
 from implicitdiff.optimizers import Newton
 from implicitdiff.optimizers.iterate import Outcome, System
+from implicitdiff.optimizers.merit import merit_of, slope_along
 from tests.plan_double import PlanDouble
 
 DOUBLE = torch.float64
@@ -235,6 +236,26 @@ def test_an_unbounded_problem_ends() -> None:
     assert found.point.finite.all()
 
 
+def test_a_step_onto_the_edge_of_the_domain_is_no_step() -> None:
+    # The first step is halved once, to u = 0, where u log u is 0 but has no slope.
+    x = torch.tensor([[-1.0], [-1.0]], dtype=DOUBLE)
+    found = solve(lambda u, x: (torch.special.xlogy(u, u) - x * u).sum(), None, torch.ones_like(x), x)
+    torch.testing.assert_close(found.point.u, torch.full_like(x, -2.0).exp())
+
+
+def test_the_slope_is_that_of_the_merit() -> None:
+    c, u, lam = normal(3, 4), normal(3, 4, seed=1), normal(3, 1, seed=2)
+    plan = plan_of(lambda u, c: (u - c).pow(4).sum(), sphere, u, c)
+    system = System.of(plan, (c,))
+    point = system.evaluate(u, lam)
+    w, s, _ = system.solve(point, -point.gradient, point.constraint, None)
+    slope, penalty = slope_along(point, w, s, torch.full((3,), 1e3, dtype=DOUBLE))
+    step = 1e-7
+    ahead = merit_of(system.evaluate(u + step * w, lam), penalty)
+    torch.testing.assert_close((ahead - merit_of(point, penalty)) / step, slope, rtol=1e-4, atol=0)
+    assert (penalty == 250).all()  # a quarter of the old one, which exceeds the multipliers
+
+
 # Options and bookkeeping
 
 
@@ -268,8 +289,8 @@ def test_options_are_checked_and_frozen() -> None:
 # Samples on their own
 
 
-def welsch(u: Tensor, x: Tensor) -> Tensor:
-    return (1 - torch.exp(-(u[:, None] - x).square().sum(0) / 2)).sum()
+def hump(u: Tensor, x: Tensor) -> Tensor:
+    return (1 - torch.exp(-(u - x).square() / 2)).sum() + 0.02 * u.square().sum()
 
 
 @pytest.mark.parametrize(
@@ -283,8 +304,9 @@ def welsch(u: Tensor, x: Tensor) -> Tensor:
             None,
             lambda x: 0 * x,
         ),
+        (hump, None, lambda x: x + torch.tensor([0.1, 0.2, 1.5, 2.5], dtype=DOUBLE)[:, None]),
     ],
-    ids=["convex", "log-domain", "sphere", "saddle"],
+    ids=["convex", "log-domain", "sphere", "saddle", "damped"],
 )
 def test_each_sample_is_solved_as_if_alone(
     objective: Callable[..., Tensor], equality: Callable[..., Any] | None, start: Callable[[Tensor], Tensor]

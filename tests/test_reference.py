@@ -12,13 +12,14 @@ from torch import Tensor
 import implicitdiff as idf
 from implicitdiff.diagnostics.declared import Declared, double, moving_names
 from implicitdiff.diagnostics.reference import Direction, Reference, polish, relative_error
+from implicitdiff.layer import DeclarativeLayer
 from tests.cases import BY_NAME
 from tests.oracles import dense_vjp, gradient_null_vectors
 from tests.oracles.compare import compare_modulo
 
 
 class Mixed(idf.Problem):
-    """A quadratic with a Parameter, a shared input, a dict input, and constraints that depend on each other."""
+    """A Parameter, a shared input, a dict input, and constraints that depend on each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,14 +66,17 @@ def test_gradients_agree_with_the_oracle():
     assert moving_names(problem, inputs) == ("Q", "data['mu']", "data['total']", "Parameter weight")
 
 
-@pytest.mark.parametrize("name", ["pooling-welsch", "transport", "quadratic-program"])
+@pytest.mark.parametrize(
+    "name", ["pooling-welsch", "dense-qp-in-dim-1", "tuple-constrained", "dependent-data", "many-tensors"]
+)
 def test_gradients_agree_with_the_oracle_over_the_table(name):
-    rows = [case for key, case in BY_NAME.items() if key.startswith(name)] or list(BY_NAME.values())[:1]
-    case = rows[0]
+    case = BY_NAME[name]
     problem = case.solvable()
-    inputs = case.make_inputs(batch=2) if case.consistent is None else case.consistent(*case.make_inputs(batch=2))
+    inputs = (
+        case.make_inputs(batch=2) if case.consistent is None else case.consistent(*case.make_inputs(batch=2))
+    )
     with torch.no_grad():
-        u = idf.DeclarativeLayer(problem, in_dims=case.in_dims)(*inputs)
+        u = DeclarativeLayer(problem, in_dims=case.in_dims)(*inputs)
     v = torch.utils._pytree.tree_map(lambda leaf: torch.cos(3 * leaf), u)
     reference = Reference(Declared(problem, inputs, case.in_dims, u))
     truth = dense_vjp(problem, u, v, inputs, case.in_dims).leaves()
@@ -100,7 +104,7 @@ def test_null_space_by_products_is_that_of_the_dense_matrix():
 def test_kkt_residual_certifies_and_refuses():
     problem, inputs = double(Mixed()), mixed_inputs()
     reference = Reference(Declared(problem, inputs, IN_DIMS, solved(problem, inputs, torch.zeros(3, 4))))
-    v = torch.ones(3, 4)
+    v = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     right = [reference.direction(b, v[b].double()) for b in range(3)]
     assert reference.kkt_residual(right, v) < 1e-14
     for wrong in (
@@ -109,7 +113,6 @@ def test_kkt_residual_certifies_and_refuses():
         Direction(right[1].w * float("nan"), right[1].s, right[1].multipliers),
     ):
         assert not reference.kkt_residual([right[0], wrong, right[2]], v) < 1e-5
-
 
 
 class Entropy(idf.Problem):
@@ -146,7 +149,9 @@ def test_one_sample_and_float32_inputs():
 
 def test_relative_error_is_per_tensor_modulo_directions_and_keeps_nan():
     truth = [torch.tensor([1.0, 0.0]).double(), torch.tensor([1e-6]).double()]
-    assert relative_error([truth[0] + 1e-3, truth[1]], truth, torch.zeros(0, 3).double()) == pytest.approx(1e-3)
+    assert relative_error([truth[0] + 1e-3, truth[1]], truth, torch.zeros(0, 3).double()) == pytest.approx(
+        1e-3
+    )
     assert relative_error([truth[0], truth[1] * 1.5], truth, torch.zeros(0, 3).double()) == pytest.approx(0.5)
     along = torch.tensor([[0.0, 0.0, 1.0]]).double()
     assert relative_error([truth[0], truth[1] * 1.5], truth, along) < 1e-9
@@ -158,5 +163,8 @@ def test_double_reaches_plain_attributes_and_leaves_the_original_alone():
     problem = Mixed()
     problem.kept = [torch.ones(2), 3]
     twin = double(problem)
-    assert (twin.ridge.dtype, twin.weight.dtype, twin.kept[0].dtype, twin.kept[1]) == (*[torch.float64] * 3, 3)
+    assert (twin.ridge.dtype, twin.weight.dtype, twin.kept[0].dtype, twin.kept[1]) == (
+        *[torch.float64] * 3,
+        3,
+    )
     assert (problem.ridge.dtype, problem.weight.dtype) == (torch.float32, torch.float32)

@@ -12,6 +12,7 @@ from implicitdiff.operators import (
     LinearOperator,
     LowRankPlusDiagonal,
     MatrixFree,
+    Zero,
 )
 from implicitdiff.solvers import (
     PLANNED,

@@ -138,3 +138,11 @@ def zeros_for(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves
 def has_tangent(value: Tensor) -> bool:
     """Whether a plain tensor carries a tangent of forward-mode AD (False outside of it)."""
     return torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+
+
+def own(output: Tensor, held: set[int]) -> Tensor:
+    """A contiguous tensor that is no view and shares no memory with `held`: autograd treats views of inputs, and views made
+    inside a function, as special cases."""
+    if output._base is not None or output.untyped_storage().data_ptr() in held:
+        return output.clone(memory_format=torch.contiguous_format)
+    return output.contiguous()

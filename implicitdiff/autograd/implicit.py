@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, has_tangent, unfold, zeros_for
+from implicitdiff.autograd.batched_grads import through_func
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, has_tangent, own, unfold, zeros_for
 from implicitdiff.autograd.hand import HandVjp
 from implicitdiff.autograd.kkt import KKTSolve, autocast_off
 from implicitdiff.autograd.kkt import solve as kkt_solve
@@ -45,7 +46,7 @@ class ImplicitFunction(torch.autograd.Function):
         # An output that shares memory with an input would be taken for a view of it.
         held = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
         outputs = (*solved.u, *lam, solved.status, solved.iterations, solved.residual)
-        return tuple(_own(output, held) for output in outputs)
+        return tuple(own(output, held) for output in outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -62,42 +63,12 @@ class ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients in theta."""
-        call: Call = ctx.call
-        u, lam, status, theta = _saved(call, ctx.saved_tensors)
-        needs = ctx.needs_input_grad[1 : 1 + len(theta)]
-        nothing = (None,) * ctx.starts
-        v = cotangents[: len(u) + len(lam)]
-        if all(cotangent is None for cotangent in v) or not any(needs):
-            return (None, *(None,) * len(theta), *nothing)
-        if call.batch == 0:
-            zeros = (torch.zeros_like(t) if need else None for t, need in zip(theta, needs, strict=True))
-            return (None, *zeros, *nothing)
-        with autocast_off(u[0]):
-            grads = pull_back(call, u, lam, status, theta, v, needs)
-        return (None, *grads, *nothing)
+        return through_func(lambda *given: _backward(ctx, *given), cotangents)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """K (u', lam') = -F_theta theta'."""
-        call: Call = ctx.call
-        if call.vjp is not None:
-            raise NotSupportedYetError(
-                f"forward-mode derivatives of {call.name} with backward='hand': its vjp gives reverse mode only; use "
-                "backward='auto'"
-            )
-        with nested_forward_mode():
-            u, lam, status, theta = _saved(call, [tangent_free(value) for value in ctx.saved_tensors])
-            moved = [t if floating(x) else None for t, x in zip(tangents, theta, strict=False)]
-            if call.batch == 0 or all(tangent is None for tangent in moved):
-                return (*(torch.zeros_like(leaf) for leaf in (*u, *lam)), *(None,) * EXTRAS)
-            with autocast_off(u[0]):
-                masks = Masks.of(call, status)
-                u, lam, theta = masks.sound(u, lam, theta)
-                u, _ = call.lagrangian.inside(u, lam, theta)
-                towards_u, towards_h = call.lagrangian.input_tangent(u, lam, theta, moved)
-                rhs = [-leaf[None] for leaf in (*masks.silence(towards_u), *masks.silence(towards_h))]
-                z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
-            return (*masks.mark([leaf[0] for leaf in z]), *(None,) * EXTRAS)
+        return through_func(lambda *given: _jvp(ctx, *given), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -107,6 +78,44 @@ class ImplicitFunction(torch.autograd.Function):
         start = [fold(value, dim, size) for value, dim in zip(tensors[count:], in_dims[1 + count :], strict=True)]
         outputs = ImplicitFunction.apply(inner, *theta, *start)
         return tuple(unfold(output, size, call.batch) for output in outputs), (0,) * len(outputs)
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    call: Call = ctx.call
+    u, lam, status, theta = _saved(call, ctx.saved_tensors)
+    needs = ctx.needs_input_grad[1 : 1 + len(theta)]
+    nothing = (None,) * ctx.starts
+    v = cotangents[: len(u) + len(lam)]
+    if all(cotangent is None for cotangent in v) or not any(needs):
+        return (None, *(None,) * len(theta), *nothing)
+    if call.batch == 0:
+        zeros = (torch.zeros_like(t) if need else None for t, need in zip(theta, needs, strict=True))
+        return (None, *zeros, *nothing)
+    with autocast_off(u[0]):
+        grads = pull_back(call, u, lam, status, theta, v, needs)
+    return (None, *grads, *nothing)
+
+
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    call: Call = ctx.call
+    if call.vjp is not None:
+        raise NotSupportedYetError(
+            f"forward-mode derivatives of {call.name} with backward='hand': its vjp gives reverse mode only; use "
+            "backward='auto'"
+        )
+    with nested_forward_mode():
+        u, lam, status, theta = _saved(call, [tangent_free(value) for value in ctx.saved_tensors])
+        moved = [t if floating(x) else None for t, x in zip(tangents, theta, strict=False)]
+        if call.batch == 0 or all(tangent is None for tangent in moved):
+            return (*(torch.zeros_like(leaf) for leaf in (*u, *lam)), *(None,) * EXTRAS)
+        with autocast_off(u[0]):
+            masks = Masks.of(call, status)
+            u, lam, theta = masks.sound(u, lam, theta)
+            u, _ = call.lagrangian.inside(u, lam, theta)
+            towards_u, towards_h = call.lagrangian.input_tangent(u, lam, theta, moved)
+            rhs = [-leaf[None] for leaf in (*masks.silence(towards_u), *masks.silence(towards_h))]
+            z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
+        return (*masks.mark([leaf[0] for leaf in z]), *(None,) * EXTRAS)
 
 
 def pull_back(call: Call, u: Leaves, lam: Leaves, status: Tensor, theta: Leaves, cotangents: Sequence[Tensor | None],
@@ -145,12 +154,6 @@ def pull_back(call: Call, u: Leaves, lam: Leaves, status: Tensor, theta: Leaves,
     z = tuple(leaf[0] for leaf in z)
     grads = call.lagrangian.pull_inputs(u, lam, theta, z[: len(u)], z[len(u) :], needs)
     return masks.spoil(grads, v)
-
-
-def _own(output: Tensor, held: set[int]) -> Tensor:
-    if output.untyped_storage().data_ptr() in held:
-        return output.clone(memory_format=torch.contiguous_format)
-    return output.contiguous()
 
 
 def _saved(call: Call, saved: Sequence[Tensor]) -> tuple[Leaves, Leaves, Tensor, Leaves]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, unfold, zeros_for
+from implicitdiff.autograd.batched_grads import through_func
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, unfold, zeros_for
 from implicitdiff.errors import OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
@@ -39,7 +40,8 @@ class KKTSolve(torch.autograd.Function):
         """The plan's solve, with the failure policy applied."""
         rhs, point = _parts(call, tensors)
         z = solve(call, *call.split_point(point), *_pair(call, rhs))
-        return tuple(leaf.contiguous() for leaf in (*z[0], *z[1]))
+        held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        return tuple(own(leaf, held) for leaf in (*z[0], *z[1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -54,43 +56,12 @@ class KKTSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """q = K^-1 c, and -D <q, K z>."""
-        call: Call = ctx.call
-        count = call.variables + call.multipliers
-        z, point = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if all(cotangent is None for cotangent in cotangents):
-            return (None,) * (1 + count + len(point))
-        with autocast_off(z[0]):
-            q = KKTSolve.apply(call, *zeros_for(cotangents, z), *point)
-            needs = ctx.needs_input_grad[1 + count :]
-            active = [index for index, need in enumerate(needs) if need and floating(point[index])]
-            found: dict[int, Tensor] = {}
-            if active:
-
-                def form(*values: Tensor) -> Tensor:
-                    moved = list(point)
-                    for index, value in zip(active, values, strict=True):
-                        moved[index] = value
-                    return call.lagrangian.kkt_form(*call.split_point(moved), _pair(call, q), _pair(call, z))
-
-                grads = torch.func.grad(form, argnums=tuple(range(len(active))))(*[point[i] for i in active])
-                found = {index: -grad for index, grad in zip(active, grads, strict=True)}
-        return (None, *q, *(found.get(index) for index in range(len(point))))
+        return through_func(lambda *given: _backward(ctx, *given), cotangents)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         """z' = K^-1 (r' - K' z)."""
-        call: Call = ctx.call
-        count = call.variables + call.multipliers
-        with nested_forward_mode():
-            saved = [tangent_free(value) for value in ctx.saved_tensors]
-            z, point = saved[:count], saved[count:]
-            with autocast_off(z[0]):
-                rhs = zeros_for(tangents[:count], z)
-                moved = [t if floating(p) else None for t, p in zip(tangents[count:], point, strict=True)]
-                if any(tangent is not None for tangent in moved):
-                    turned = call.lagrangian.kkt_tangent(*call.split_point(point), _pair(call, z), moved)
-                    rhs = tuple(r - t for r, t in zip(rhs, (*turned[0], *turned[1]), strict=True))
-                return KKTSolve.apply(call, *rhs, *point)
+        return through_func(lambda *given: _jvp(ctx, *given), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -109,6 +80,45 @@ class KKTSolve(torch.autograd.Function):
         merged = [fold(value, dim, size, 1) for value, dim in zip(rhs, rhs_dims, strict=True)]
         z = KKTSolve.apply(inner, *merged, *here, *theta)
         return tuple(unfold(leaf, size, call.batch, 1) for leaf in z), (1,) * count
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    call: Call = ctx.call
+    count = call.variables + call.multipliers
+    z, point = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    if all(cotangent is None for cotangent in cotangents):
+        return (None,) * (1 + count + len(point))
+    with autocast_off(z[0]):
+        q = KKTSolve.apply(call, *zeros_for(cotangents, z), *point)
+        needs = ctx.needs_input_grad[1 + count :]
+        active = [index for index, need in enumerate(needs) if need and floating(point[index])]
+        found: dict[int, Tensor] = {}
+        if active:
+
+            def form(*values: Tensor) -> Tensor:
+                moved = list(point)
+                for index, value in zip(active, values, strict=True):
+                    moved[index] = value
+                return call.lagrangian.kkt_form(*call.split_point(moved), _pair(call, q), _pair(call, z))
+
+            grads = torch.func.grad(form, argnums=tuple(range(len(active))))(*[point[i] for i in active])
+            found = {index: -grad for index, grad in zip(active, grads, strict=True)}
+    return (None, *q, *(found.get(index) for index in range(len(point))))
+
+
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    call: Call = ctx.call
+    count = call.variables + call.multipliers
+    with nested_forward_mode():
+        saved = [tangent_free(value) for value in ctx.saved_tensors]
+        z, point = saved[:count], saved[count:]
+        with autocast_off(z[0]):
+            rhs = zeros_for(tangents[:count], z)
+            moved = [t if floating(p) else None for t, p in zip(tangents[count:], point, strict=True)]
+            if any(tangent is not None for tangent in moved):
+                turned = call.lagrangian.kkt_tangent(*call.split_point(point), _pair(call, z), moved)
+                rhs = tuple(r - t for r, t in zip(rhs, (*turned[0], *turned[1]), strict=True))
+            return KKTSolve.apply(call, *rhs, *point)
 
 
 def solve(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves) -> tuple[Leaves, Leaves]:

@@ -56,8 +56,7 @@ class Result:
         remedy = "add .squeeze()" if value.numel() == 1 else "reduce it, for instance by .sum()"
         raise ProblemDefinitionError(
             f"{self.name} returned a tensor of shape {tuple(value.shape)}, but the objective of one sample "
-            "is a scalar "
-            f"of shape (): {remedy}"
+            f"is a scalar of shape (): {remedy}"
         )
 
     def _real(self, value: Any, output: str) -> torch.Tensor:
@@ -66,8 +65,7 @@ class Result:
             forgotten = " (is the return statement missing?)" if value is None else ""
             raise ProblemDefinitionError(
                 f"{self.name} returned {describe_value(value)}{which}{forgotten}: return a real floating "
-                "tensor that "
-                "depends on the variable"
+                "tensor that depends on the variable"
             )
         if not value.is_floating_point():
             raise ProblemDefinitionError(
@@ -77,7 +75,7 @@ class Result:
 
 
 def check_captured(problem: Problem, captured: Sequence[torch.Tensor]) -> None:
-    """Raise if a function reads a tensor of a surrounding torch.func transform: it would silently get no derivative.
+    """Raise if a function reads a tensor of a surrounding torch.func transform: it would get no derivative.
 
     Raises:
         CapturedTensorError: Such a tensor is in a closure, or a global.
@@ -86,10 +84,8 @@ def check_captured(problem: Problem, captured: Sequence[torch.Tensor]) -> None:
         if is_wrapped(tensor):
             raise CapturedTensorError(
                 f"a function of {type(problem).__name__} uses a tensor of shape {tuple(tensor.shape)} that "
-                "belongs to a "
-                "surrounding torch.func transform, but is neither an input nor reachable from the Problem: "
-                "pass it as an "
-                "input, or make it an attribute of the Problem"
+                "belongs to a surrounding torch.func transform, but is neither an input nor reachable from "
+                "the Problem: pass it as an input, or make it an attribute of the Problem"
             )
 
 
@@ -112,8 +108,7 @@ def check_dependence(
     if not depends_on(objective, value, positions):
         raise ProblemDefinitionError(
             f"{kind}.objective does not depend on {whole} in a differentiable way, so it has no minimiser: "
-            "check that "
-            "it uses its first argument, and uses it outside of detach() and no_grad()"
+            "check that it uses its first argument, and uses it outside of detach() and no_grad()"
         )
     constraints = () if equality is None else outputs(equality)
     for index, constraint in enumerate(constraints):
@@ -122,8 +117,7 @@ def check_dependence(
             which = f" (output {index})" if len(constraints) > 1 else ""
             raise ProblemDefinitionError(
                 f"{kind}.equality{which} does not depend on {whole}, so it cannot be fulfilled by choosing "
-                "it: leave it "
-                "out, or check that it uses its first argument"
+                "it: leave it out, or check that it uses its first argument"
             )
     for position, name in zip(positions, names, strict=True):
         used = depends_on(objective, value, [position]) or any(
@@ -133,8 +127,7 @@ def check_dependence(
         if not used:
             raise ProblemDefinitionError(
                 f"neither objective nor equality of {kind} depends on the variable {name}, so any value of "
-                "it is a "
-                "solution: leave it out of what init returns"
+                "it is a solution: leave it out of what init returns"
             )
 
 

@@ -152,10 +152,8 @@ def _captured_message(name: str, node: torch.fx.Node, tensor: torch.Tensor) -> s
     at = f" at {line}" if line else ""
     return (
         f"{name} uses a tensor of shape {tuple(tensor.shape)} that requires grad{at}, but it is neither an "
-        "input nor "
-        "reachable from the Problem, so it would get no gradient: make it an attribute (self.w = w), pass it "
-        "as an "
-        "input, or use w.detach() if it is a constant"
+        "input nor reachable from the Problem, so it would get no gradient: make it an attribute (self.w = "
+        "w), pass it as an input, or use w.detach() if it is a constant"
     )
 
 

@@ -87,8 +87,7 @@ def solution_example(problem: Problem, solution: Any, bound: Bound) -> Example:
         if isinstance(leaf, torch.Tensor) and (leaf.dim() == 0 or leaf.shape[0] != bound.batch):
             raise SolutionError(
                 f"{name} returned {label} of shape {tuple(leaf.shape)}: its first axis has to be the batch "
-                "axis, of "
-                f"size {bound.batch}"
+                f"axis, of size {bound.batch}"
             )
     one = [_without_batch(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return _example(one, spec, name, labels, bound, SolutionError)
@@ -116,8 +115,7 @@ def _example(
         if leaf.dtype != bound.dtype:
             raise error(
                 f"{source} returned {leaf.dtype} for {name}, but the inputs are {bound.dtype}: make it with "
-                "that dtype, "
-                "as in torch.zeros_like(x) or torch.zeros(3, dtype=x.dtype)"
+                "that dtype, as in torch.zeros_like(x) or torch.zeros(3, dtype=x.dtype)"
             )
     if not any(leaf.numel() for leaf in leaves):
         raise ProblemDefinitionError(

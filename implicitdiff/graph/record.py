@@ -216,9 +216,8 @@ def explain(name: str, arguments: Arguments, error: Exception) -> ImplicitDiffEr
     if any(words in text for words in _NO_DATA):
         return TraceError(
             f"{name} takes the data out of a tensor (numpy, torch.tensor of tensors){at}: the graph would "
-            "keep the "
-            "values of this one call; use torch operations, and torch.stack in place of torch.tensor([u[0], "
-            "u[1]])"
+            "keep the values of this one call; use torch operations, and torch.stack in place of "
+            "torch.tensor([u[0], u[1]])"
         )
     if any(words in text for words in _DEVICES) and len({fact.device for fact in arguments.facts}) > 1:
         listed = ", ".join(f"{fact.name} {fact.device}" for fact in arguments.facts)
@@ -228,14 +227,13 @@ def explain(name: str, arguments: Arguments, error: Exception) -> ImplicitDiffEr
     shapes = ", ".join(f"{fact.name} {fact.shape}" for fact in arguments.facts)
     return ProblemDefinitionError(
         f"{name} raised {type(error).__name__}{at}: {text}. It was called on one sample, without the batch "
-        "axis, with "
-        f"{shapes}"
+        f"axis, with {shapes}"
     )
 
 
 _DRAW_BEFORE = (
-    "a declared function has to give the same result each time; draw before the layer and pass the result as "
-    "an input"
+    "a declared function has to give the same result each time; draw before the layer and pass the result "
+    "as an input"
 )
 
 

@@ -26,13 +26,12 @@ _RANDOM = frozenset(["binomial", "_sample_dirichlet", "_dirichlet_grad"])
 
 VALUE_REMEDY = (
     "the function is turned into a graph once and has to be the same for all values: use torch.where, "
-    "torch.clamp, "
-    "torch.minimum or torch.maximum in place of if, and keep tensors tensors in place of float() or .item()"
+    "torch.clamp, torch.minimum or torch.maximum in place of if, and keep tensors tensors in place of "
+    "float() or .item()"
 )
 SHAPE_REMEDY = (
     "shapes have to be the same for all values: use torch.where(mask, value, 0) or multiply by the mask in "
-    "place of "
-    "value[mask], and keep index tensors as inputs or attributes"
+    "place of value[mask], and keep index tensors as inputs or attributes"
 )
 
 
@@ -82,8 +81,7 @@ class Recorder(TorchDispatchMode):
         if place.function is not None and place.function.__module__.partition(".")[0] != "torch":
             raise TraceError(
                 f"{self._hook} calls the autograd.Function {place.function.__name__}{_at(place)}: its own "
-                "backward "
-                "cannot be seen in the graph and would be ignored; write it in torch operations"
+                "backward cannot be seen in the graph and would be ignored; write it in torch operations"
             )
         if _is_random(func, args, kwargs):
             raise RandomnessError(
@@ -92,8 +90,7 @@ class Recorder(TorchDispatchMode):
                     func,
                     place,
                     "a declared function has to give the same result each time: draw before the layer and "
-                    "pass the "
-                    "result as an input; for dropout call problem.eval()",
+                    "pass the result as an input; for dropout call problem.eval()",
                 )
             )
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

@@ -267,7 +267,7 @@ class Newton:
                 pending = pending & ~accepted
             if not bool(pending.any()):
                 break
-            length = torch.where(pending, length / 2, length)
+            length = length / 2
         return moved, result
 
     def _accepts(

@@ -1,8 +1,8 @@
 """What a linear solver is: a reason to refuse, a predicted cost, a factorisation that is used many times.
 
 Stage: the plan asks select.py for a solver and keeps the factorisation for all right-hand sides. In: an
-operator. Out: ``Factorization`` with one status a sample. Next files: ``divide.py`` for the shortest
-example, ``scaled.py`` and ``condition.py`` for what the dense solvers share.
+operator. Out: ``Factorization`` with one status a sample. Next file: ``divide.py``, the
+shortest example.
 """
 
 import abc

@@ -2,7 +2,7 @@
 
 A small pivot alone proves nothing: bad scaling makes pivots small, and a Cholesky factorisation succeeds on
 most singular matrices. So a pivot only raises suspicion, and the estimate of |A^-1| decides, for suspects
-alone. In: matrices. Out: scalings, reciprocal condition numbers. Next file: ``scaled.py``.
+alone. In: matrices. Out: scalings, reciprocal condition numbers. Next file: ``formation.py``.
 """
 
 from collections.abc import Callable

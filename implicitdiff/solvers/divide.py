@@ -1,6 +1,6 @@
 """Division by the diagonal.
 
-In: a diagonal matrix, or a multiple of the identity. Out: ``Divide``. Next file: ``pseudo_inverse.py``.
+In: a diagonal matrix, or a multiple of the identity. Out: ``Divide``. Next file: ``condition.py``.
 """
 
 from functools import singledispatch

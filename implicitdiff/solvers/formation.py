@@ -1,6 +1,6 @@
 """What it costs to write an operator down as a dense matrix, and whether that is possible.
 
-In: an operator. Out: the part of the cost that all dense solvers share. Next file: ``cholesky.py``.
+In: an operator. Out: the part of the cost that all dense solvers share. Next file: ``pseudo_inverse.py``.
 """
 
 from functools import singledispatch

@@ -2,7 +2,7 @@
 
 In: a symmetric operator that can be written down. Out: ``LDL``, ``LDLFactorization``. torch has no
 derivative of it, so it serves values only, inside a Function with rules of its own. Next file:
-``schur.py``.
+``cholesky.py``.
 """
 
 from typing import ClassVar

@@ -1,7 +1,7 @@
-"""The minimum-norm answer of a singular symmetric matrix, by its eigenvalues: the last resort of the dense solvers.
+"""The minimum-norm answer of a singular symmetric matrix: the last resort of the dense solvers.
 
 In: symmetric matrices, singular or nearly so. Out: ``PseudoInverse``, ``EigenFactorization``. It is no
-choice of the user's: scaled.py calls it for the samples it finds singular. Next file: ``cholesky.py``.
+choice of the user's: scaled.py calls it for the samples it finds singular. Next file: ``scaled.py``.
 """
 
 from typing import ClassVar
