@@ -112,7 +112,7 @@ def name_samples(samples: Sequence[int], batch: int) -> str:
 def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
     residuals, tol = found.residuals, found.tol
     if kind == Status.NONFINITE:
-        return f"{source} gave NaN or inf in u, a multiplier, D_Y L or h"
+        return f"{source} gave NaN or inf in u, a multiplier, f, D_Y L or h"
     # The worst sample's numbers stand for all; a NaN would win, but samples with one are NONFINITE.
     worst = int(torch.where(mask, residuals.relative, -1).argmax())
     by_constraint = bool(residuals.violation[worst] >= residuals.relative[worst])

@@ -1,7 +1,8 @@
 """The plan of a problem: everything decided once per signature, run many times.
 
-In: a problem, its bound inputs and the options. Out: a `Plan`, from a bounded cache. A structured plan is tried first; what
-it cannot do falls back to `derivatives/autodiff.py`. Next: `autograd/implicit.py` and `optimizers/forward.py` run plans.
+In: a problem, its bound inputs and the options. Out: a `Plan`, from a bounded cache. A structured plan is
+tried first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autograd/implicit.py` and
+`optimizers/forward.py` run plans.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ LINEAR_SOLVERS = (
     "auto", "divide", "block-cholesky", "woodbury", "cholesky", "lu", "ldl", "banded-cholesky", "tridiagonal", "kronecker",
     "schur", "cg", "schur-cg", "minres", "gmres", "sparse-lu",
 )  # fmt: skip
-# Plans kept for one problem: more than the signatures of a training loop with its evaluation, few enough to hold.
+# Above this the KKT matrix of one sample is not formed where no structure is proved: products with it only.
+DENSE_BYTES = 2**31
+# Plans kept for one problem: more than the signatures of a training loop with its evaluation, few enough to
+# hold.
 PLANS_PER_PROBLEM = 32
 
 
 class Plan(Protocol):
     """What the layer and the optimizers ask about one problem; tensors are plain, no gradient is recorded.
 
-    u are the leaves of the variables (B, *shape), lam those of the multipliers, theta the inputs followed by the tensors of
-    the problem and the captured ones, in the order of `trace.placeholders`. K = [[H, -A'], [-A, 0]].
+    u are the leaves of the variables (B, *shape), lam those of the multipliers, theta the inputs followed by
+    the tensors of the problem and the captured ones, in the order of `trace.placeholders`. K = [[H, -A'],
+    [-A, 0]].
     """
 
     trace: Trace
@@ -95,10 +100,9 @@ def plan_for(
         backward: the layer's option; it decides which kind of plan is made.
         linear_solver: the layer's option.
 
-    Returns:
-        The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need gradients, training,
-        the default dtype, the values of the problem's attributes, the options. Values of tensors are no part of it, nor is
-        the batch size.
+    Returns: The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need
+        gradients, training, the default dtype, the values of the problem's attributes, the options. Values of
+        tensors are no part of it, nor is the batch size.
 
     Raises:
         TraceError: the declared functions cannot be traced.
@@ -111,8 +115,14 @@ def plan_for(
     planned = ("plan", *traced, needs, backward, linear_solver)
 
     def derive() -> Plan:
-        trace = _TRACES.get(problem, traced, lambda: trace_problem(problem, (list(variables), variable_spec), bound))
-        return _build(trace, backward, linear_solver)
+        trace = _TRACES.get(
+            problem, traced, lambda: trace_problem(problem, (list(variables), variable_spec), bound)
+        )
+        shown = (
+            *(leaf.is_floating_point() for leaf in bound.leaves),
+            *(tensor.requires_grad for tensor in bound.tensors),
+        )
+        return _build(trace, backward, linear_solver, shown)
 
     return _PLANS.get(problem, planned, derive)
 
@@ -140,13 +150,16 @@ def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear
 
 def check_options(backward: str, linear_solver: str) -> None:
     """Raise OptionError for a name that does not exist."""
-    for option, name, known in (("backward", backward, BACKWARDS), ("linear_solver", linear_solver, LINEAR_SOLVERS)):
+    for option, name, known in (
+        ("backward", backward, BACKWARDS),
+        ("linear_solver", linear_solver, LINEAR_SOLVERS),
+    ):
         if name not in known:
             raise OptionError(f"{option}={name!r} does not exist; choose one of {', '.join(known)}")
 
 
-def _build(trace: Trace, backward: str, linear_solver: str) -> Plan:
-    """Choose the kind of plan for a trace."""
+def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = ()) -> Plan:
+    """Choose the kind of plan for a trace; `shown` are the theta whose gradients the report's code computes."""
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "matrix-free":
         return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
@@ -154,20 +167,37 @@ def _build(trace: Trace, backward: str, linear_solver: str) -> Plan:
         return ApproximatePlan(trace, unstructured(trace, "dense", "lu", fallbacks))
     if backward != "dense":
         try:
-            return StructuredPlan(trace, linear_solver, AutodiffPlan(trace, unstructured(trace, "dense", "lu", ())))
+            dense = AutodiffPlan(trace, unstructured(trace, "dense", "lu", ()))
+            return StructuredPlan(trace, linear_solver, dense, shown)
         except Unsupported as refusal:
             fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
+        if _dense_bytes(trace) > DENSE_BYTES:
+            return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+
+
+def _dense_bytes(trace: Trace) -> int:
+    """Bytes of one sample's KKT matrix."""
+    size = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
+    if trace.equality is not None:
+        size += sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
+    return size * size * trace.variables[0].dtype.itemsize
 
 
 def unstructured(trace: Trace, kind: str, solver: str, fallbacks: tuple[Fallback, ...]) -> Analysis:
     """The analysis of a plan that proves no structure."""
     reason = fallbacks[0].reason if fallbacks else "structure was not asked for"
     m = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
-    p = 0 if trace.equality is None else sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
+    p = (
+        0
+        if trace.equality is None
+        else sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
+    )
     return Analysis(
         hessian=MatrixReport(kind, (m, m), reason),
-        constraint_jacobian=MatrixReport(kind if p else "zero", (p, m), reason if p else "there are no constraints"),
+        constraint_jacobian=MatrixReport(
+            kind if p else "zero", (p, m), reason if p else "there are no constraints"
+        ),
         schur=MatrixReport(kind, (p, p), reason) if p else None,
         solver=solver,
         fallbacks=fallbacks,
@@ -183,7 +213,9 @@ class _Cache:
     def __init__(self, size: int) -> None:
         self._size = size
         self._lock = threading.Lock()
-        self._owned: weakref.WeakKeyDictionary[object, OrderedDict[Hashable, object]] = weakref.WeakKeyDictionary()
+        self._owned: weakref.WeakKeyDictionary[object, OrderedDict[Hashable, object]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def get(self, owner: object, key: Hashable, make: Callable[[], Value]) -> Value:
         """The entry, made outside the lock if there is none (two threads may both make it; one is kept)."""

@@ -27,6 +27,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "clean_context",
+    "compiled_functions_inlined",
     "current_graph",
     "first_entry",
     "grad_batched_level",
@@ -59,6 +60,15 @@ def clean_context() -> Iterator[None]:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def compiled_functions_inlined() -> Iterator[None]:
+    """Let ``make_fx`` walk through functions compiled by torch.compile, as if they were not."""
+    # torch imports this module at the first access, which takes a second or more; make_fx needs it in any
+    # case.
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
         yield
 
 
@@ -122,8 +132,8 @@ def first_entry(tensor: torch.Tensor) -> torch.Tensor:
 def is_grad_batched(tensor: torch.Tensor) -> bool:
     """Whether the tensor carries an axis of ``autograd.grad(is_grads_batched=True)``.
 
-    That option and ``autograd.functional`` with ``vectorize=True`` use an older vmap than torch.func's, under which an
-    autograd.Function's own vmap rule is not called.
+    That option and ``autograd.functional`` with ``vectorize=True`` use an older vmap than torch.func's, under
+    which an autograd.Function's own vmap rule is not called.
     """
     return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
 
@@ -137,11 +147,11 @@ def grad_batched_level() -> int:
 
 def lower_grad_batched(tensor: torch.Tensor, level: int) -> torch.Tensor:
     """The plain tensor under a grad-batched one, its axis in front."""
-    lowered: torch.Tensor = torch._remove_batch_dim(tensor, level, 1, 0)  # type: ignore[attr-defined]
+    lowered: torch.Tensor = torch._remove_batch_dim(tensor, level, 1, 0)
     return lowered
 
 
 def raise_grad_batched(tensor: torch.Tensor, level: int) -> torch.Tensor:
     """The grad-batched tensor over a plain one, whose first axis is hidden."""
-    raised: torch.Tensor = torch._add_batch_dim(tensor, 0, level)  # type: ignore[attr-defined]
+    raised: torch.Tensor = torch._add_batch_dim(tensor, 0, level)
     return raised

@@ -1,7 +1,8 @@
-"""The derivatives of one problem as matrices: the Jacobian of its solution, and A, B, C, H of the seed paper's Eqn. 3.
+"""The derivatives of one problem as matrices: the Jacobian of its solution, and A, B, C, H of the seed
+paper's Eqn. 3.
 
-In: a problem and its inputs. Out: dense tensors, for lessons, for tests and for people who need the whole Jacobian. Next:
-`layer/module.py`, which never forms B or C.
+In: a problem and its inputs. Out: dense tensors, for lessons, for tests and for people who need the whole
+Jacobian. Next: `layer/module.py`, which never forms B or C.
 """
 
 from __future__ import annotations
@@ -33,30 +34,30 @@ CHUNK_ENTRIES = 2**21
 
 
 def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
-    """D_x u of every sample, by one factorisation of K and as many right-hand sides as there are variables or inputs.
+    """D_x u of every sample, by one factorisation of K and as many right-hand sides as there are variables or
+    inputs.
 
-    Row by row (K z = -e_i, then a pullback) where u is the smaller side, column by column (K z = -F_x e_j) otherwise.
+    Row by row (K z = -e_i, then a pullback) where u is the smaller side, column by column (K z = -F_x e_j)
+    otherwise.
 
-    Args:
-        problem: the declaration.
-        inputs: as its functions take them after u; plain tensors. Inside a torch.func transform take `torch.func.jacrev` of
+    Args: problem: the declaration. inputs: as its functions take them after u; plain tensors. Inside a
+        torch.func transform take `torch.func.jacrev` of
             the layer instead.
         in_dims: see `DeclarativeLayer`.
 
-    Returns:
-        (batch, *shape of u, *shape of x) for one variable tensor and one input tensor; without the batch axis if none came
-        in. With several: a pytree like u, in which each leaf is a tuple of the inputs (the input itself if there is one),
-        as from torch.func.jacrev of one sample. A shared input's is the Jacobian of each sample, not summed. None stands for
-        inputs that are not floating.
+    Returns: (batch, *shape of u, *shape of x) for one variable tensor and one input tensor; without the batch
+        axis if none came in. With several: a pytree like u, in which each leaf is a tuple of the inputs (the
+        input itself if there is one), as from torch.func.jacrev of one sample. A shared input's is the
+        Jacobian of each sample, not summed. None stands for inputs that are not floating.
 
-    Raises:
-        InputError: something is wrong with an input. SingularError: the solution of a sample is not locally unique.
+    Raises: InputError: something is wrong with an input. SingularError: the solution of a sample is not
+        locally unique.
     """
     options = Options(in_dims=in_dims)
     prepared = prepare(require_problem(problem), inputs, options)
     if any(is_wrapped(tensor) or is_fake(tensor) for tensor in prepared.theta):
         raise InputError(
-            "jacobian needs tensors with data: inside torch.func transforms use torch.func.jacrev of the layer instead"
+            "jacobian needs tensors with data: inside torch.func transforms take jacrev of the layer instead"
         )
     with torch.no_grad(), torch.autocast(prepared.bound.device.type, enabled=False):
         theta = tuple(tensor.detach() for tensor in prepared.theta)
@@ -110,8 +111,9 @@ def _jacobians(call: Call, u: Leaves, lam: Leaves, theta: Leaves, count: int) ->
     return found
 
 
-def _chunked_pull(lagrangian: Lagrangian, u: Leaves, lam: Leaves, theta: Leaves, w: Leaves, s: Leaves,
-                  active: Sequence[int]) -> list[Tensor]:  # fmt: skip
+def _chunked_pull(
+    lagrangian: Lagrangian, u: Leaves, lam: Leaves, theta: Leaves, w: Leaves, s: Leaves, active: Sequence[int]
+) -> list[Tensor]:
     """The gradients in the active theta of <D_u L, w_r> - <h, s_r> for every r: leaves (R, B, *shape)."""
     needs = [index in active for index in range(len(theta))]
     live = sum(tensor.numel() for tensor in (*u, *theta)) + 1
@@ -158,7 +160,8 @@ class Structured:
 
 @dataclass(frozen=True)
 class Derivatives:
-    """The matrices of Eqn. 3 at one point, over flattened and joined variables (m), inputs (n) and constraints (p).
+    """The matrices of Eqn. 3 at one point, over flattened and joined variables (m), inputs (n) and
+    constraints (p).
 
     With L = f - lambda'h, H = D_uu L, B = D_xu L, A = D_u h, C = D_x h, and H regular:
 
@@ -214,8 +217,8 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
     Returns:
         Derivatives. Integer inputs have no columns. Costs m + p gradients and (m + p) (m + n) numbers.
 
-    Raises:
-        InputError: something is wrong with an input. SolutionError: u does not have the structure or shape of `init`.
+    Raises: InputError: something is wrong with an input. SolutionError: u does not have the structure or
+        shape of `init`.
     """
     require_problem(problem)
     bound = bind(problem, inputs, None)
@@ -229,7 +232,10 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         lagrangian = Lagrangian(dense.trace, (False,) * len(theta))
         active = [i for i in range(len(bound.leaves)) if theta[i].is_floating_point()]
         first = point[0]
-        u_shapes, h_shapes = [tuple(leaf.shape[1:]) for leaf in point], [tuple(leaf.shape[1:]) for leaf in lam]
+        u_shapes, h_shapes = (
+            [tuple(leaf.shape[1:]) for leaf in point],
+            [tuple(leaf.shape[1:]) for leaf in lam],
+        )
         m, p = sum(flat.sizes(u_shapes)), sum(flat.sizes(h_shapes))
         units = flat.basis((*u_shapes, *h_shapes), 0, m + p, 1, first)
         pulled = _chunked_pull(
@@ -262,8 +268,8 @@ def _example(problem: Problem, u: Any, bound: Bound) -> Example:
     for leaf, like in zip(given, example.leaves, strict=True):
         if leaf.shape != like.shape or leaf.dtype != like.dtype:
             raise SolutionError(
-                f"u has a leaf of shape {tuple(leaf.shape)} and {leaf.dtype}, expected {tuple(like.shape)} and {like.dtype} "
-                "(one sample, without batch axis)"
+                f"u has a leaf of shape {tuple(leaf.shape)} and {leaf.dtype}, expected {tuple(like.shape)} "
+                f"and {like.dtype} (one sample, without batch axis)"
             )
     return example
 

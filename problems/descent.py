@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .penalties import Penalty, Rho, slope, slopes
 
-REWEIGHTED_STEPS = 10
+REWEIGHTED_STEPS = 8
 NEWTON_STEPS = 100
 LEAST_DAMPING = 1e-3  # of the weight
 DAMPING_FACTOR = 8.0
@@ -135,8 +135,8 @@ def descend(penalty: Penalty, x: Tensor, alpha: Tensor, starts: Tensor) -> Desce
         starts: (starts, batch, m).
 
     Returns:
-        Descent over the batch. Cost: O(m n) per reweighted step, O(m^2 n + m^3) per Newton step of an unfinished
-        sample.
+        Descent over the batch. Cost: O(m n) per reweighted step and start; O(m^2 n + m^3) per Newton step of
+        an unfinished sample.
     """
     found = _reweight(penalty, x, alpha, starts)
     lowest = torch.where(torch.isfinite(found.value), found.value, torch.inf).argmin(0)

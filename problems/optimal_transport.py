@@ -19,9 +19,8 @@ from .sinkhorn import Transport, transport
 
 
 class Inputs(NamedTuple):
-    """The inputs told apart by their number; r and c are None if uniform, gamma if it is stored."""
+    """The inputs after M, told apart by their number; r and c are None if uniform, gamma if it is stored."""
 
-    M: Tensor
     r: Tensor | None
     c: Tensor | None
     gamma: Tensor | None
@@ -58,33 +57,33 @@ class OptimalTransport(Problem):
         super().__init__()
         register(self, "gamma", gamma)
 
-    def objective(self, u: Tensor, *inputs: Tensor) -> Tensor:
+    def objective(self, u: Tensor, M: Tensor, *rest: Tensor) -> Tensor:
         """sum M P + 1/gamma sum P (log P - log r_i - log c_j), for P = u (m, n); P log P is 0 at P = 0."""
-        M, r, c, gamma = _told_apart(inputs, axes=2)
+        r, c, gamma = _told_apart(M, rest, axes=2)
         log_r = -math.log(M.shape[0]) if r is None else r.log()[:, None]
         log_c = -math.log(M.shape[1]) if c is None else c.log()
         divergence = -torch.special.entr(u).sum() - (u * (log_r + log_c)).sum()
         return (M * u).sum() + divergence / resolve("gamma", self.gamma, gamma)
 
-    def equality(self, u: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def equality(self, u: Tensor, M: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         """(P 1 - r, P' 1 - c), of shapes (m,) and (n,)."""
-        M, r, c, _ = _told_apart(inputs, axes=2)
+        r, c, _ = _told_apart(M, rest, axes=2)
         m, n = M.shape
         return u.sum(1) - (1 / m if r is None else r), u.sum(0) - (1 / n if c is None else c)
 
-    def init(self, *inputs: Tensor) -> Tensor:
+    def init(self, M: Tensor, *rest: Tensor) -> Tensor:
         """r c', the plan of gamma = 0 (m, n)."""
-        M, r, c, _ = _told_apart(inputs, axes=2)
+        r, c, _ = _told_apart(M, rest, axes=2)
         r, c = _marginals(M[None], r, c)
         return (r[..., :, None] * c[..., None, :]).reshape(M.shape)
 
-    def solve(self, *inputs: Tensor) -> Solution:
+    def solve(self, M: Tensor, *rest: Tensor) -> Solution:
         """P (batch, m, n) with the multipliers of both marginals, (batch, m) and (batch, n), of least norm.
 
         From log P = row_i + column_j - gamma M_ij follows D_P f = lambda_i + lambda_j with
         gamma lambda_i = row_i - log r_i + const, and likewise for the columns.
         """
-        M, given_r, given_c, given_gamma = _told_apart(inputs, axes=3)
+        given_r, given_c, given_gamma = _told_apart(M, rest, axes=3)
         gamma = per_sample("gamma", self.gamma, given_gamma, M.shape[0])
         r, c = _marginals(M, given_r, given_c)
         if M.shape[0] == 0:
@@ -96,13 +95,14 @@ class OptimalTransport(Problem):
         shift = ((columns.sum(1) - rows.sum(1)) / (r.shape[1] + c.shape[1]))[:, None]
         return Solution(found.plan, (rows + shift, columns - shift), status=_status(found))
 
-    def vjp(self, u: Tensor, v: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+    def vjp(self, u: Tensor, v: Tensor, M: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """The paper's Fig. 4: the first marginal dropped, the Schur complement inverted by blocks.
 
         Args:
             u: P (batch, m, n).
             v: Its cotangent (batch, m, n).
-            inputs: M, and r, c, gamma if they are inputs, batch axis first.
+            M: The costs (batch, m, n).
+            rest: r, c, gamma, as far as they are inputs, batch axis first.
 
         Returns:
             One gradient per input; a tensor for M alone. The first entry of the one for r is 0. The paper has
@@ -112,13 +112,13 @@ class OptimalTransport(Problem):
         Raises:
             SingularError: If the Schur complement is not positive definite; it names the samples.
         """
-        M, given_r, given_c, given_gamma = _told_apart(inputs, axes=3)
+        given_r, given_c, given_gamma = _told_apart(M, rest, axes=3)
         gamma = per_sample("gamma", self.gamma, given_gamma, M.shape[0])[..., None]
         r, c = _marginals(M, given_r, given_c)
         by_name = dict(zip(("M", "r", "c"), _hand_written(u, v, r, c, gamma), strict=True))
-        names = {1: "M", 2: "M gamma", 3: "M r c", 4: "M r c gamma"}[len(inputs)].split()
+        names = {1: "M", 2: "M gamma", 3: "M r c", 4: "M r c gamma"}[1 + len(rest)].split()
         gradients = tuple(by_name.get(name) for name in names)
-        return gradients if len(inputs) > 1 else by_name["M"]
+        return gradients if rest else by_name["M"]
 
     def example(self) -> tuple[Tensor, ...]:
         """Three cost matrices of 4 by 6 with uneven marginals; gamma too if it is an input."""
@@ -129,17 +129,16 @@ class OptimalTransport(Problem):
         return (M, r, c) if self.gamma is not None else (M, r, c, 1 + 9 * torch.rand(3, generator=generator))
 
 
-def _told_apart(inputs: tuple[Tensor, ...], axes: int) -> Inputs:
+def _told_apart(M: Tensor, rest: tuple[Tensor, ...], axes: int) -> Inputs:
     """The inputs by name, with their ranks and sizes checked; `axes` is the rank of M, 3 with a batch axis.
 
     Raises:
-        InputError: If there are none or more than four, or a shape does not fit M.
+        InputError: If there are more than four, or a shape does not fit M.
     """
-    if not 1 <= len(inputs) <= 4:
-        raise InputError(f"expected M; M, gamma; M, r, c; or M, r, c, gamma; got {len(inputs)} inputs")
-    M, r, c, gamma = inputs[0], None, None, inputs[-1] if len(inputs) in (2, 4) else None
-    if len(inputs) > 2:
-        r, c = inputs[1:3]
+    if len(rest) > 3:
+        raise InputError(f"expected M; M, gamma; M, r, c; or M, r, c, gamma; got {1 + len(rest)} inputs")
+    r, c = rest[:2] if len(rest) > 1 else (None, None)
+    gamma = rest[-1] if len(rest) in (1, 3) else None
     if M.dim() != axes or 0 in M.shape[-2:]:
         wanted = "(m, n)" if axes == 2 else "(batch, m, n)"
         raise InputError(f"M must have shape {wanted} with m, n >= 1, not {tuple(M.shape)}")
@@ -150,7 +149,7 @@ def _told_apart(inputs: tuple[Tensor, ...], axes: int) -> Inputs:
                 f"{name} must have shape {wanted_shape} to fit M {tuple(M.shape)}, not "
                 f"{tuple(marginal.shape)}; a marginal shared by the batch is declared by in_dims"
             )
-    return Inputs(M, r, c, gamma)
+    return Inputs(r, c, gamma)
 
 
 def _marginals(M: Tensor, r: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:

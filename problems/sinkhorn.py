@@ -146,7 +146,7 @@ def _tightness(width: Tensor, r: Tensor, c: Tensor) -> Tensor:
     eps = torch.finfo(width.dtype).eps
     total = c.detach().sum(1)
     mismatch = (r.detach().sum(1) - total).abs() / c.detach().amax(1)
-    return (eps * (32 + 2 * width)).clamp_max(0.1 * eps**0.5) + 2 * mismatch
+    return (eps * (4 + width / 2)).clamp_max(0.1 * eps**0.5) + 2 * mismatch
 
 
 def _evaluate(cost: Tensor, log_r: Tensor, log_c: Tensor, column: Tensor) -> _Dual:

@@ -157,6 +157,15 @@ def transport(rows: int, columns: int):
     return build
 
 
+def single_block(draw: Draw) -> Twin:
+    """A dense matrix whose kernel is stated: rows that sum to zero."""
+    root = draw.normal(5, 6)
+    root = root - root.mean(1, keepdim=True)
+    matrix = root @ root.mT
+    operator = Block(((Dense(matrix),),), (5,), (torch.ones(5),))
+    return operator, array(matrix)
+
+
 def three_marginals(draw: Draw) -> Twin:
     """Three marginals of a tensor: two null vectors, given as plain numbers."""
     sizes = (3, 2, 4)

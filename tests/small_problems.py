@@ -1,6 +1,7 @@
 """Small problems for the tests of the layer and its derivatives, each with inputs to try it on.
 
-Several have a `solve` that works in numpy on detached data: a gradient can then come from the implicit function alone.
+Several have a `solve` that works in numpy on detached data: a gradient can then come from the implicit
+function alone.
 """
 
 from collections.abc import Callable
@@ -60,7 +61,8 @@ class Sphere(idf.Problem):
 
 
 class Tree(idf.Problem):
-    """Two variables, one of them 0-dim, two inputs in a dict and a number, two constraints in a tuple, one Parameter.
+    """Two variables, one of them 0-dim, two inputs in a dict and a number, two constraints in a tuple, one
+    Parameter.
 
     The constraints are nonlinear in the variables and in the inputs; the objective couples everything.
     """
@@ -84,7 +86,9 @@ class Tree(idf.Problem):
 
 
 class Point(idf.Problem):
-    """A variable and an input without axes: minimise u^4 / 4 + u^2 / 2 - x u, so u^3 + u = x; solved in numpy."""
+    """A variable and an input without axes: minimise u^4 / 4 + u^2 / 2 - x u, so u^3 + u = x; solved in
+    numpy.
+    """
 
     def objective(self, u, x):
         return u**4 / 4 + u**2 / 2 - x * u
@@ -101,9 +105,25 @@ class Point(idf.Problem):
         return torch.from_numpy(u)
 
 
+class Torch(idf.Problem):
+    """A `solve` that is all torch: gradient descent on u^4 / 4 + u^2 / 2 - x u, many steps."""
+
+    def objective(self, u, x):
+        return (u**4 / 4 + u**2 / 2 - x * u).sum()
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+    def solve(self, x):
+        u = torch.zeros_like(x)
+        for _ in range(200):
+            u = u - 0.2 * (u**3 + u - x)
+        return u
+
+
 class Quartic(idf.Problem):
-    """The problem of the design notes: quartic, a shared constraint vector, a parameter; no constraint qualifies as linear
-    in the inputs."""
+    """The problem of the design notes: quartic, a shared constraint vector, a parameter; no constraint
+    qualifies as linear in the inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,11 +171,16 @@ def draw(*shape: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tens
 
 def _portfolio(batch: int, seed: int) -> tuple[Tensor, Tensor]:
     factor = draw(4, 4, seed=seed).detach()
-    return (factor @ factor.T + torch.eye(4, dtype=torch.float64)).requires_grad_(), draw(batch, 4, seed=seed + 1)
+    return (factor @ factor.T + torch.eye(4, dtype=torch.float64)).requires_grad_(), draw(
+        batch, 4, seed=seed + 1
+    )
 
 
 def _tree(batch: int, seed: int) -> tuple[dict[str, Tensor], float]:
-    return {"p": draw(batch, 3, seed=seed, scale=0.2, shift=1.0), "s": draw(batch, seed=seed + 1, scale=0.1, shift=1.2)}, 0.9
+    return {
+        "p": draw(batch, 3, seed=seed, scale=0.2, shift=1.0),
+        "s": draw(batch, seed=seed + 1, scale=0.1, shift=1.2),
+    }, 0.9
 
 
 SMALL = (

@@ -1,5 +1,5 @@
-"""The two autograd functions: every transform of torch on every small problem, held against finite differences, against the
-dense formula, and against each other."""
+"""The two autograd functions: every transform of torch on every small problem, held against finite
+differences, against the dense formula, and against each other."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-import implicitdiff as idf
 from implicitdiff.autograd import ImplicitFunction, KKTSolve
 from implicitdiff.layer import DeclarativeLayer
 from implicitdiff.layer.prepare import Options, prepare
@@ -23,8 +22,12 @@ small_problems = pytest.mark.parametrize("small", SMALL, ids=lambda small: small
 backwards = pytest.mark.parametrize("backward", ["auto", "dense"])
 
 
-def as_function(small: Small, layer: DeclarativeLayer, inputs: tuple[Any, ...]) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The layer as a function of its tensors (inputs, then Parameters): u, multipliers and value, joined in one vector."""
+def as_function(
+    small: Small, layer: DeclarativeLayer, inputs: tuple[Any, ...]
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The layer as a function of its tensors (inputs, then Parameters): u, multipliers and value, joined in
+    one vector.
+    """
     leaves, spec = tree_flatten(inputs)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     names = [name for name, _ in layer.named_parameters()]
@@ -34,7 +37,9 @@ def as_function(small: Small, layer: DeclarativeLayer, inputs: tuple[Any, ...]) 
         for position, tensor in zip(positions, tensors[: len(positions)], strict=True):
             full[position] = tensor
         own = dict(zip(names, tensors[len(positions) :], strict=True))
-        solution = functional_call(_Solve(layer), {f"layer.{k}": v for k, v in own.items()}, tree_unflatten(full, spec))
+        solution = functional_call(
+            _Solve(layer), {f"layer.{k}": v for k, v in own.items()}, tree_unflatten(full, spec)
+        )
         return torch.cat([leaf.reshape(-1) for leaf in solution])
 
     return function, [*(leaves[i].detach() for i in positions), *(p.detach() for p in layer.parameters())]
@@ -49,7 +54,11 @@ class _Solve(torch.nn.Module):
 
     def forward(self, *inputs: Any) -> list[Tensor]:
         solution = self.layer.solve(*inputs)
-        return [leaf for leaf in tree_leaves((solution.u, solution.equality_multipliers, solution.value)) if leaf is not None]
+        return [
+            leaf
+            for leaf in tree_leaves((solution.u, solution.equality_multipliers, solution.value))
+            if leaf is not None
+        ]
 
 
 def requiring(tensors: list[Tensor]) -> list[Tensor]:
@@ -105,7 +114,9 @@ def test_hessian_is_the_same_in_all_four_mixes(small: Small, backward: str) -> N
     reference = tree_leaves(jacrev(jacrev(scalar, arguments), arguments)(*tensors))
     assert any(leaf.abs().max() > 1e-3 for leaf in reference)
     for outer, inner in ((jacrev, jacfwd), (jacfwd, jacrev), (jacfwd, jacfwd)):
-        for a, b in zip(tree_leaves(outer(inner(scalar, arguments), arguments)(*tensors)), reference, strict=True):
+        for a, b in zip(
+            tree_leaves(outer(inner(scalar, arguments), arguments)(*tensors)), reference, strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
@@ -135,8 +146,12 @@ def test_vmap_of_grad_and_grad_of_vmap_over_any_tensor(backward: str, dims: tupl
     function, (x, a, theta) = as_function(BY_NAME["quartic"], layer, BY_NAME["quartic"].inputs(3, 6))
     shift = draw(4, 1, 1, seed=9).detach()
     spread = (x + 0.1 * shift, a + 0.02 * shift[:, 0], theta + 0.1 * shift[:, 0, 0].abs())
-    values = [wide if dim is not None else one for wide, one, dim in zip(spread, (x, a, theta), dims, strict=True)]
-    placed = [value.movedim(0, dim) if dim is not None else value for value, dim in zip(values, dims, strict=True)]
+    values = [
+        wide if dim is not None else one for wide, one, dim in zip(spread, (x, a, theta), dims, strict=True)
+    ]
+    placed = [
+        value.movedim(0, dim) if dim is not None else value for value, dim in zip(values, dims, strict=True)
+    ]
 
     def scalar(*tensors: Tensor) -> Tensor:
         return (function(*tensors) ** 2).sum()
@@ -193,7 +208,11 @@ def test_a_cotangent_of_zero_gives_exactly_zero(small: Small, backward: str) -> 
     dims = small.in_dims if isinstance(small.in_dims, tuple) else (small.in_dims,) * len(inputs)
     kept = sum((leaf[torch.tensor([0, 2])] ** 2).sum() for leaf in tree_leaves(u))
     batched = [
-        leaf for x, d in zip(inputs, dims, strict=True) if d == 0 for leaf in tree_leaves(x) if isinstance(leaf, Tensor)
+        leaf
+        for x, d in zip(inputs, dims, strict=True)
+        if d == 0
+        for leaf in tree_leaves(x)
+        if isinstance(leaf, Tensor)
     ]
     for create_graph in (False, True):
         for gradient in torch.autograd.grad(kept, batched, retain_graph=True, create_graph=create_graph):
@@ -260,169 +279,6 @@ def test_per_sample_gradients_of_the_parameters() -> None:
         expected = torch.autograd.grad(layer(x[i]).square().sum(), layer.problem.eps)[0]
         torch.testing.assert_close(found["problem.eps"][i], expected)
     assert isinstance(layer.problem.eps, torch.nn.Parameter)
-
-
-class Flat(idf.Problem):
-    """Sample by sample regular or not: minimise (x_0 u_0)^4 + (u_1 - x_1)^2; where x_0 = 0, u_0 is anything."""
-
-    def objective(self, u, x):
-        return (x[0] * (u[0] - x[1])) ** 2 + (u[1] - x[1]) ** 2
-
-    def init(self, x):
-        return torch.zeros_like(x)
-
-    def solve(self, x):
-        return x[:, 1:].detach().expand(-1, 2).clone()
-
-
-@backwards
-def test_a_solution_that_is_not_unique_has_no_derivative(backward: str) -> None:
-    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    layer = DeclarativeLayer(Flat(), backward=backward)
-    with pytest.raises(idf.SingularError, match="sample 1 of 2"):
-        layer(x).sum().backward()
-    # A sample that nobody asks about is no failure.
-    found = torch.autograd.grad(layer(x)[0].sum(), x)[0]
-    torch.testing.assert_close(found, torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64))
-
-
-@backwards
-@pytest.mark.parametrize(("policy", "value"), [("nan", torch.nan), ("zero", 0.0)])
-def test_a_singular_sample_under_the_policies_leaves_the_others_alone(backward: str, policy: str, value: float) -> None:
-    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    layer = DeclarativeLayer(Flat(), backward=backward, on_failure=policy)
-    for create_graph in (False, True):
-        found = torch.autograd.grad(layer(x).sum(), x, create_graph=create_graph)[0].detach()
-        torch.testing.assert_close(found[0], torch.tensor([0.0, 2.0], dtype=torch.float64))
-        torch.testing.assert_close(found[1], torch.full((2,), value, dtype=torch.float64), equal_nan=True)
-
-
-@backwards
-def test_damping_is_announced_and_recorded(backward: str) -> None:
-    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    layer = DeclarativeLayer(Flat(), backward=backward, on_failure="damp")
-    with idf.records.record() as log:
-        u = layer(x)
-        with pytest.warns(idf.OptimalityWarning, match="sample 1 of 2"):
-            found = torch.autograd.grad(u.sum(), x)[0]
-    torch.testing.assert_close(found[0], torch.tensor([0.0, 2.0], dtype=torch.float64))
-    torch.testing.assert_close(found[1], torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    assert [(event.kind, event.where, event.samples) for event in log] == [("DAMPED", "backward", (1,))]
-
-
-class Wrong(idf.Problem):
-    """A solve that is right but for samples with a negative first input, where it returns NaN or something else."""
-
-    def __init__(self, bad: float) -> None:
-        super().__init__()
-        self.bad = bad
-        self.weight = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def objective(self, u, x):
-        return self.weight * (u**2).sum() / 2 + (u**4).sum() / 4 - x @ u
-
-    def init(self, x):
-        return torch.zeros_like(x)
-
-    def solve(self, x):
-        u = torch.zeros_like(x)
-        for _ in range(60):
-            u = u - (self.weight * u + u**3 - x) / (self.weight + 3 * u**2)
-        return torch.where(x[:, :1] < 0, self.bad, u)
-
-
-@backwards
-@pytest.mark.parametrize("bad", [torch.nan, 5.0])
-@pytest.mark.parametrize(("policy", "value"), [("nan", torch.nan), ("zero", 0.0)])
-def test_failed_samples_under_the_policies(backward: str, bad: float, policy: str, value: float) -> None:
-    data = torch.tensor([[1.0, 0.5], [-1.0, 0.3], [0.4, 0.9]], dtype=torch.float64)
-    layer = DeclarativeLayer(Wrong(bad), backward=backward, on_failure=policy)
-    sound = DeclarativeLayer(Wrong(bad), backward=backward)
-    x, good = data.clone().requires_grad_(), data[[0, 2]].clone().requires_grad_()
-    expected = torch.autograd.grad((sound(good) ** 2).sum(), (good, sound.problem.weight))
-    u = layer(x)
-    assert (u[1].isnan() if policy == "nan" else u[1] == 0).all()
-    for create_graph in (False, True):
-        # All samples are asked for: the failed one is marked, the others are as if it were not there.
-        found = torch.autograd.grad((u**2).sum() + u.sum() * 0, (x, layer.problem.weight), retain_graph=True,
-                                    create_graph=create_graph)  # fmt: skip
-        torch.testing.assert_close(found[0][[0, 2]], expected[0])
-        if policy == "nan":
-            assert found[0][1].isnan().all()
-            assert found[1].isnan()
-        else:
-            assert (found[0][1] == 0).all()
-            torch.testing.assert_close(found[1], expected[1])
-        # The failed one is masked away by the caller: nothing of it is left.
-        masked = torch.autograd.grad((u[[0, 2]] ** 2).sum(), (x, layer.problem.weight), retain_graph=True,
-                                     create_graph=create_graph)  # fmt: skip
-        torch.testing.assert_close(masked[0][[0, 2]], expected[0])
-        assert (masked[0][1] == 0).all()
-        torch.testing.assert_close(masked[1], expected[1])
-    tangent = jvp(lambda x: layer(x), (data,), (torch.ones_like(data),))[1]
-    assert (tangent[1].isnan() if policy == "nan" else tangent[1] == 0).all()
-    torch.testing.assert_close(tangent[[0, 2]], jvp(lambda x: sound(x), (data[[0, 2]],), (torch.ones(2, 2).double(),))[1])
-
-
-def test_all_samples_failed() -> None:
-    x = torch.tensor([[-1.0, 0.3]], dtype=torch.float64, requires_grad=True)
-    layer = DeclarativeLayer(Wrong(torch.nan), on_failure="zero")
-    found = torch.autograd.grad(layer(x).sum(), (x, layer.problem.weight))
-    assert (found[0] == 0).all()
-    assert found[1] == 0
-
-
-def test_failure_under_vmap_of_grad_has_a_name() -> None:
-    data = torch.tensor([[1.0, 0.5], [-1.0, 0.3]], dtype=torch.float64)
-    layer = DeclarativeLayer(Wrong(5.0), in_dims=None)
-    with pytest.raises(idf.NotOptimalError, match="sample 1 of 2"):
-        vmap(grad(lambda x: layer(x).sum()))(data)
-
-
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_badly_scaled_systems_are_not_taken_for_singular(scale: float) -> None:
-    """H of size `scale` beside constraints of size 1."""
-
-    class Scaled(idf.Problem):
-        def objective(self, u, x):
-            return scale * ((u - x) ** 2).sum() / 2
-
-        def equality(self, u, x):
-            return u.sum() - x[0] ** 2
-
-        def init(self, x):
-            return x
-
-    x = draw(2, 3, seed=1)
-    layer = DeclarativeLayer(Scaled(), backward="dense")
-    found = torch.autograd.grad(layer(x)[:, 0].sum(), x)[0]
-    unit = torch.eye(3, dtype=torch.float64)[0]
-    expected = unit - 1 / 3 + 2 / 3 * x.detach()[:, :1] * unit
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_gradients_of_dependent_constraints_are_of_minimum_norm() -> None:
-    """r of a transport-like table with both marginals: (1, -1) is a null vector, the gradient is orthogonal to it."""
-
-    class Table(idf.Problem):
-        def objective(self, u, x, r, c):
-            return ((u - x) ** 2 / 2 + (u - x) ** 4).sum()
-
-        def equality(self, u, x, r, c):
-            return u.sum(1) - r, u.sum(0) - c
-
-        def init(self, x, r, c):
-            return r[:, None] * c
-
-    x = draw(2, 2, 3, seed=3, scale=0.1)
-    r = torch.tensor([[0.4, 0.6], [0.5, 0.5]], dtype=torch.float64, requires_grad=True)
-    c = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3]], dtype=torch.float64, requires_grad=True)
-    layer = DeclarativeLayer(Table(), backward="dense")
-    weight = draw(2, 2, 3, seed=5).detach()
-    for create_graph in (False, True):
-        found = torch.autograd.grad((layer(x, r, c) * weight).sum(), (r, c), create_graph=create_graph)
-        torch.testing.assert_close(found[0].sum(1), found[1].sum(1), rtol=1e-10, atol=1e-12)
-    assert gradcheck(lambda x, r, c: layer(x, r / r.sum(1, True), c / c.sum(1, True)), (x, r, c), check_forward_ad=True)
 
 
 def test_deepcopy_of_a_layer_with_history_has_gradients_of_its_own() -> None:

@@ -90,9 +90,9 @@ class Off(Median):
 def test_a_solve_that_returns_another_point():
     report = check(Off(), normal(3, 4, 6).float())
     assert not report.ok
-    assert failed(report) == ["solve", "stationarity"]
+    assert failed(report)[:2] == ["solve", "stationarity"]
     assert "NOT_OPTIMAL" in verdicts(report)["solve"]
-    assert "2 failed: solve, stationarity" in str(report)
+    assert "failed: solve, stationarity" in str(report)
 
 
 class Broken(Median):
@@ -120,8 +120,8 @@ class WrongVjp(Median):
         return v[:, :, None].expand_as(x) / x.shape[2]
 
 
-class NoVjp(WrongVjp):
-    """Its vjp has a mistake."""
+class BadShape(WrongVjp):
+    """Its vjp returns a wrong shape."""
 
     def vjp(self, u: Tensor, v: Tensor, x: Tensor) -> Tensor:
         return v @ x
@@ -129,9 +129,9 @@ class NoVjp(WrongVjp):
 
 def test_a_wrong_vjp_and_one_that_raises():
     assert failed(check(WrongVjp(), normal(3, 4, 6))) == ["vjp against dense"]
-    report = check(NoVjp(), normal(3, 4, 7))
+    report = check(BadShape(), normal(3, 4, 7))
     assert failed(report) == ["vjp against dense"]
-    assert "RuntimeError" in verdicts(report)["vjp against dense"]
+    assert "(3, 3, 7), expected shape (3, 4, 7)" in verdicts(report)["vjp against dense"]
 
 
 class Saddle(idf.Problem):

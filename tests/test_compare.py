@@ -139,7 +139,8 @@ def test_an_input_that_the_hand_leaves_out_is_no_error_of_the_rest():
 def test_dependent_constraints_are_compared_modulo_what_they_leave_open():
     M, r, c = (leaf.double() for leaf in OptimalTransport().example())
     inputs = (M, r / r.sum(1, keepdim=True), c / c.sum(1, keepdim=True))
-    found = by_name(compare(OptimalTransport(gamma=3.0), *inputs, backwards=("hand", "auto"), rounds=1))
+    problem = OptimalTransport(gamma=3.0).double()
+    found = by_name(compare(problem, *inputs, backwards=("hand", "auto"), rounds=1))
     assert found["hand"].error < 1e-9
     assert found["auto"].error < 1e-9
 
@@ -147,7 +148,7 @@ def test_dependent_constraints_are_compared_modulo_what_they_leave_open():
 def test_only_what_requires_a_gradient_gets_one():
     M, r, c = (leaf.double() for leaf in OptimalTransport().example())
     options = {"backwards": ("auto",), "rounds": 1}
-    problem = OptimalTransport(gamma=3.0)
+    problem = OptimalTransport(gamma=3.0).double()
     everything = compare(problem, M, r / r.sum(1, keepdim=True), c / c.sum(1, keepdim=True), **options).rows[
         0
     ]
@@ -181,7 +182,8 @@ def test_above_the_dense_limit_a_certified_solve_takes_the_place_of_the_formula(
     monkeypatch.setattr("implicitdiff.diagnostics.reference.LIMIT", 10)
     M, r, c = (leaf.double() for leaf in OptimalTransport().example())
     inputs = (M, r / r.sum(1, keepdim=True), c / c.sum(1, keepdim=True))
-    found = compare(OptimalTransport(gamma=3.0), *inputs, backwards=("hand", "auto", "approximate"), rounds=1)
+    problem = OptimalTransport(gamma=3.0).double()
+    found = compare(problem, *inputs, backwards=("hand", "auto", "approximate"), rounds=1)
     assert "KKT residual" in found.reference
     assert by_name(found)["hand"].error < 1e-9
     assert by_name(found)["auto"].error < 1e-9

@@ -86,6 +86,16 @@ def test_woodbury_sees_cancellation_that_leaves_rounding() -> None:
     assert set(statuses(SOLVERS["woodbury"].factor(operator))) == {Status.SINGULAR}
 
 
+def test_woodbury_is_refined_where_the_diagonal_is_uneven() -> None:
+    """The lemma alone loses nine digits here: D_11 = 1e-9 while the matrix has entries of order 1."""
+    diagonal = torch.tensor([[1e-9, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    left = torch.tensor([[[1.0], [0.3], [-0.2], [0.5]]], dtype=torch.float64)
+    operator = LowRankPlusDiagonal(diagonal, left, torch.ones(1, 1, dtype=torch.float64))
+    rhs = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    rhs = operator.matvec(rhs)
+    close(SOLVERS["woodbury"].factor(operator).solve(rhs), np.array([[1.0, 2.0, 3.0, 4.0]]), 1e-13)
+
+
 def test_woodbury_refuses_large_ranks() -> None:
     operator = LowRankPlusDiagonal(torch.ones(1, 1), torch.ones(1, 128, 1024), torch.ones(1, 1024))
     assert SOLVERS["woodbury"].reject(operator) == "k = 1024 >= m = 128"

@@ -410,6 +410,17 @@ def test_a_start_outside_the_domain_is_said_to_be_one() -> None:
         forward(Bad(), x)
 
 
+def test_a_flat_overflow_is_no_solution() -> None:
+    class Far(Bad):
+        def objective(self, u: Tensor, x: Tensor) -> Tensor:
+            return (1 + (u - x).square().sum()).sqrt()  # infinite at u = 1e300, with slope 0
+
+    x = normal(2, 3)
+    start = torch.stack([x[0], torch.full((3,), 1e300, dtype=DOUBLE)])
+    found = forward(Far(), x, init=(start,), on_failure="nan")
+    assert found.status.tolist() == [Status.OK, Status.NONFINITE]
+
+
 class Contradiction(idf.Problem):
     def objective(self, u: Tensor, x: Tensor) -> Tensor:
         return (u - x).square().sum()

@@ -179,6 +179,18 @@ def test_an_operation_without_a_rule_is_named():
     assert found.unknown == ("_fft_r2c",)
 
 
+@torch.library.custom_op("implicitdiff_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """An operator that torch cannot look into."""
+    return x + x
+
+
+def test_a_custom_operator_is_one_operation_without_a_rule():
+    found = cost(twice, ones(8))
+    assert (found.operations, found.bytes_read, found.bytes_written) == (1, 8 * F32, 8 * F32)
+    assert found.unknown == ("implicitdiff_tests.twice",)
+
+
 def test_inference_mode_counts_the_parts_of_composite_operations():
     def program(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -223,7 +235,8 @@ def test_expanded_result_counts_once_and_its_copy_in_full():
 
 
 def test_tensors_made_from_python_numbers_count():
-    assert cost(lambda: torch.tensor([1.0, 2.0, 3.0])).peak == 3 * F32
+    found = cost(lambda: torch.tensor([1.0, 2.0, 3.0]))
+    assert (found.peak, found.bytes_read, found.bytes_written) == (3 * F32, 0, 3 * F32)
 
 
 def test_sparse_tensors_count_their_members():

@@ -115,6 +115,22 @@ def test_kkt_residual_certifies_and_refuses():
         assert not reference.kkt_residual([right[0], wrong, right[2]], v) < 1e-5
 
 
+class Flat(idf.Problem):
+    """A minimum along a line: H is singular."""
+
+    def objective(self, u: Tensor, x: Tensor) -> Tensor:
+        return (u.sum() - x.sum()) ** 2
+
+    def init(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_singular_system_gives_nan_and_no_error():
+    x = torch.tensor([[1.0, 2.0]])
+    assert all(bool(g.isnan().all()) for g in Reference(Declared(Flat(), (x,), 0, x)).vjp(torch.ones(1, 2)))
+    assert polish(Declared(Flat(), (x,), 0, x))[1] == float("inf")
+
+
 class Entropy(idf.Problem):
     """softmax(x): minimise sum u log u - x'u on the simplex."""
 

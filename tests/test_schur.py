@@ -103,6 +103,19 @@ def test_a_dependence_that_nobody_stated_is_reported() -> None:
     assert set(statuses(SOLVERS["schur"].factor(stated))) == {Status.OK}
 
 
+def test_a_stated_kernel_inside_the_eliminated_corner() -> None:
+    """The first variable appears nowhere: its corner entry is zero and e_1 is stated to be the kernel."""
+    first = torch.tensor([[0.0, 2.0, 3.0], [0.0, 1.0, 5.0]], dtype=torch.float64)
+    coupling = torch.tensor([[[0.0], [0.5], [0.3]]], dtype=torch.float64)
+    second = Diagonal(torch.ones(2, 1, dtype=torch.float64))
+    operator = Block(((Diagonal(first), coupling), (coupling.mT, second)), (3, 1), ([1, 0, 0, 0],))
+    rhs = np.random.default_rng(0).normal(size=(3, 2, 4))
+    factorization = SOLVERS["schur"].factor(operator)
+    expected = oracle(operator.to_dense().numpy(), rhs, True)
+    close(factorization.solve(torch.from_numpy(rhs)), expected, 1e-12)
+    assert set(statuses(factorization)) == {Status.OK}
+
+
 def test_a_complement_that_is_nothing_but_rounding_is_singular() -> None:
     """S = d - sum p^2 / r is 0 up to rounding, of either sign: its size against d tells, not S itself."""
     first, coupling = Draw(50).positive(5), Draw(50, seed=1).positive(5, 1)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.meter import measure
 from implicitdiff.errors import NotSupportedYetError, OptionError
 from implicitdiff.operators import (
     Block,
+    BlockDiagonal,
     Dense,
     Diagonal,
     LinearOperator,
@@ -51,6 +53,31 @@ def test_costs_come_from_shapes_alone(solver: str, row: str) -> None:
     single, _ = BY_NAME[row].build(Draw(3, dtype=torch.float32))
     assert ALL[solver].cost(single).flops == cost.flops
     assert 2 * ALL[solver].cost(single).bytes == cost.bytes
+
+
+def sized(solver: str) -> LinearOperator:
+    """An operator large enough for the leading terms to count."""
+    draw = Draw(2, dtype=torch.float32)
+    if solver == "schur":
+        coupling = draw.positive(150, 60)
+        corners = [Diagonal(100 * draw.positive(size)) for size in (150, 60)]
+        return Block(((corners[0], coupling), (coupling.mT, corners[1])), (150, 60))
+    if solver == "woodbury":
+        return LowRankPlusDiagonal(draw.positive(300), draw.normal(300, 60), draw.positive(60))
+    if solver == "block-cholesky":
+        return BlockDiagonal(draw.definite(3, 80), (3, 80), (0,))
+    return Dense(draw.definite(150))
+
+
+@pytest.mark.parametrize("solver", ["schur", "woodbury", "block-cholesky", "cholesky", "lu", "ldl"])
+def test_predicted_costs_are_the_measured_ones(solver: str) -> None:
+    operator = sized(solver)
+    rhs = torch.ones(2, operator.size)
+    _, measured = measure(lambda: SOLVERS[solver].factor(operator).solve(rhs))
+    predicted = SOLVERS[solver].cost(operator)
+    assert predicted.flops == pytest.approx(measured.flops, rel=0.25)
+    assert predicted.bytes == pytest.approx(measured.bytes, rel=0.5)
+    assert predicted.peak == pytest.approx(measured.peak, rel=0.5)
 
 
 def meta_low_rank(batch: int, size: int, rank: int) -> LowRankPlusDiagonal:

@@ -1,5 +1,6 @@
 """The graphs of declared functions: values and derivatives are the functions', on data not traced with."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,9 @@ from implicitdiff.inputs import bind
 from tests.tracing import data, declare, targets, traced
 
 X = data(5, 3)  # five samples of shape (3,)
+
+
+COMPILED = torch.compile(lambda u: (u.sin() ** 2).sum(), backend="eager")
 
 
 class GeometricMedian(idf.Problem):
@@ -159,6 +163,8 @@ def test_operations_in_place_become_functional_and_keep_their_lines() -> None:
         lambda u, x: torch.stack([row * 2 for row in u]).square().sum() * x[0],
         lambda u, x: torch.logsumexp(u * x, 0) + torch.nn.functional.softplus(u).sum() + u.norm(),
         lambda u, x: torch.where(u > x, u**2, u.abs() * x).sum(),
+        lambda u, x: torch.fft.rfft(u * x).abs().square().sum(),
+        lambda u, x: COMPILED(u) * x.sum(),
     ],
 )
 def test_derivatives_agree_with_the_function(function: Any) -> None:
@@ -235,6 +241,19 @@ def test_runs_on_any_strides() -> None:
     expected = objective(u, x)
     torch.testing.assert_close(trace.objective.module(u, x.T.contiguous().T), expected)
     torch.testing.assert_close(trace.objective.module(u, torch.stack([x, x], -1)[..., 1]), expected)
+
+
+def test_modules_can_be_vmapped_and_copied() -> None:
+    problem = GeometricMedian(0.5)
+    trace = traced(problem, data(5, 3, 4))
+    function = copy.deepcopy(trace.objective)
+    u, x, eps = data(5, 3, seed=1), data(5, 3, 4, seed=2), torch.tensor(0.5, dtype=torch.float64)
+    got = torch.func.vmap(function.module, in_dims=(0, 0, None))(u, x, eps)
+    expected = torch.stack([problem.objective(u[i], x[i]) for i in range(5)])
+    torch.testing.assert_close(got, expected.detach())
+    nodes = [node for node in function.module.graph.nodes if node.op == "call_function"]
+    assert all(function.line(node) for node in nodes)
+    assert all(node.meta["val"].is_meta for node in nodes)
 
 
 def test_literals_are_numbers_or_captured() -> None:

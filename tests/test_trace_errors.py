@@ -99,6 +99,15 @@ def test_shapes_that_depend_on_values_are_control_flow_errors(function: Any) -> 
     assert at_the_line(str(caught.value))
 
 
+def test_control_flow_operators_are_refused() -> None:
+    def conditional(u, x):
+        return torch.cond(u.sum() > 0, lambda a: a.sum(), lambda a: a.square().sum(), (u,))  # the line
+
+    with pytest.raises(idf.ControlFlowError, match=r"control flow operator \(cond\)") as caught:
+        traced(declare(conditional), X)
+    assert at_the_line(str(caught.value))
+
+
 def test_values_of_attributes_and_captured_tensors_are_not_baked_in_either() -> None:
     class Reads(idf.Problem):
         def __init__(self) -> None:

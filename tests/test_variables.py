@@ -1,5 +1,6 @@
 """Structure, shapes and dtype of the variables: from `init`, or from what `solve` returned."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,25 @@ def test_init_may_read_values_where_there_are_some() -> None:
     for x in (X.to("meta"), X[:0]):
         with pytest.raises(idf.TraceError, match=r"Declared\.init"):
             example_of(init, x)
+
+
+def test_init_is_run_once_per_signature_unless_it_reads_values() -> None:
+    calls = itertools.count()  # a list would be part of the signature
+
+    def init(x):
+        next(calls)
+        return x[: x.shape[0] - 1].clone()
+
+    problem = declare(lambda u, x: x.sum(), init=init)
+    for x in (X, X + 1, data(4, 3)):
+        assert variable_example(problem, bind(problem, (x,))).leaves[0].shape == (2,)
+    assert next(calls) == 1
+    assert variable_example(problem, bind(problem, (data(5, 4),))).leaves[0].shape == (3,)
+    assert next(calls) == 3
+    problem = declare(lambda u, x: x.sum(), init=lambda x: x[: int(x[0])].clone())
+    for count in (1.0, 2.0):
+        x = torch.full((5, 3), count, dtype=torch.float64)
+        assert variable_example(problem, bind(problem, (x,))).leaves[0].shape == (int(count),)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The demonstration, step 2: the automatic backward beside the hand-written, the dense and the unrolled one.
 
-Nothing comes in; the reports of `explain` and `compare` for the two built-in problems go out. Next: training.py.
+Nothing comes in; the reports of `explain` and `compare` for the two built-in problems go out. Next:
+training.py.
 """
 
 from collections.abc import Iterator
@@ -33,11 +34,11 @@ def cases() -> Iterator[Case]:
         RobustPooling("pseudo-huber", alpha=1.0),
         (torch.randn(8, 64, 256, generator=generator),),
     )
-    M = torch.rand(4, 30, 40, generator=generator)
-    r = torch.randn(4, 30, generator=generator).softmax(1)
-    c = torch.randn(4, 40, generator=generator).softmax(1)
+    M = torch.rand(4, 20, 25, generator=generator)
+    r = torch.randn(4, 20, generator=generator).softmax(1)
+    c = torch.randn(4, 25, generator=generator).softmax(1)
     yield Case(
-        "Entropic optimal transport: 4 plans of 30 by 40, gamma = 10", OptimalTransport(gamma=10.0), (M, r, c)
+        "Entropic optimal transport: 4 plans of 20 by 25, gamma = 10", OptimalTransport(gamma=10.0), (M, r, c)
     )
 
 

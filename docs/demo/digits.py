@@ -17,7 +17,7 @@ TRAIN_FRACTION = 0.7
 
 @dataclass(frozen=True)
 class PointSets:
-    """Digits as points: `points` (N, 2, 64) float32, x and y with the digit inside [-1, 1]^2; `labels` (N,)."""
+    """Digits as points: `points` (N, 2, 64) float32, the digit inside [-1, 1]^2; `labels` (N,)."""
 
     points: Tensor
     labels: Tensor

@@ -15,7 +15,7 @@ from implicitdiff.problems import RobustPooling
 HIDDEN = 32
 CLASSES = 10
 BATCH = 64
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 2e-2
 
 
 class MeanPooling(nn.Module):
@@ -28,7 +28,7 @@ class MeanPooling(nn.Module):
 class WelschPooling(nn.Module):
     """The minimiser of sum_j 1 - exp(-|u - x_j|^2 / (2 alpha^2)) over u, with a learned alpha.
 
-    alpha is the second input of the problem, shared by the batch; its gradient is that of the solution too. Its
+    alpha is the second input of the problem, shared by the batch, and gets a gradient like the points. Its
     logarithm is learned, so that it stays positive.
     """
 
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
 
     def __init__(self, pooling: nn.Module) -> None:
         super().__init__()
-        self.each_point = nn.Sequential(nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN))
+        self.each_point = nn.Sequential(nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU())
         self.pooling = pooling
         self.classify = nn.Linear(HIDDEN, CLASSES)
 

@@ -1,4 +1,5 @@
-"""Cotangents and tangents that come batched by torch's older vmap: taken through torch.func's, which knows our functions.
+"""Cotangents and tangents that come batched by torch's older vmap: taken through torch.func's, which knows
+our functions.
 
 In: a derivative as a function of cotangents. Out: its values, batched the same way. Next: `autograd/kkt.py`.
 """
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor
 
 from implicitdiff.errors import NotSupportedYetError
-from implicitdiff.torch_private import grad_batched_level, is_grad_batched, lower_grad_batched, raise_grad_batched
+from implicitdiff.torch_private import (
+    grad_batched_level,
+    is_grad_batched,
+    lower_grad_batched,
+    raise_grad_batched,
+)
 
 Values = tuple[Tensor | None, ...]
 
@@ -20,9 +26,8 @@ Values = tuple[Tensor | None, ...]
 def through_func(derivative: Callable[..., Values], given: Sequence[Tensor | None]) -> Values:
     """derivative(*given), where entries of `given` may be batched by `autograd.grad(is_grads_batched=True)`.
 
-    Args:
-        derivative: linear in its arguments, made of operations that torch.func.vmap knows; it may return None entries.
-        given: cotangents or tangents, or None.
+    Args: derivative: linear in its arguments, made of operations that torch.func.vmap knows; it may return
+        None entries. given: cotangents or tangents, or None.
 
     Raises:
         NotSupportedYetError: several such batch axes are nested.
@@ -31,7 +36,9 @@ def through_func(derivative: Callable[..., Values], given: Sequence[Tensor | Non
         return derivative(*given)
     level = grad_batched_level()
     if level != 1:
-        raise NotSupportedYetError("nested vectorize=True or is_grads_batched=True: use torch.func.vmap, jacrev and jacfwd")
+        raise NotSupportedYetError(
+            "nested vectorize=True or is_grads_batched=True: use torch.func.vmap, jacrev and jacfwd"
+        )
     present = [index for index, value in enumerate(given) if value is not None]
     lowered = [_lowered(given[index], level) for index in present]
     dims = tuple(0 if batched else None for _, batched in lowered)

@@ -1,6 +1,7 @@
 """The hand-written gradient of a problem, as a function that says so when it is differentiated again.
 
-In: u, its cotangent and theta. Out: one gradient per theta, by the problem's own `vjp`. Next: `autograd/implicit.py`.
+In: u, its cotangent and theta. Out: one gradient per theta, by the problem's own `vjp`. Next:
+`autograd/implicit.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from implicitdiff.errors import NotSupportedYetError
 
 
 class HandVjp(torch.autograd.Function):
-    """The problem's `vjp` hook on plain batched tensors, under every transform; its own derivatives raise a named error.
+    """The problem's `vjp` hook on plain batched tensors, under every transform; its own derivatives raise a
+    named error.
 
-    torch's once_differentiable would not do: torch.func ignores it and returns zeros for the second derivative.
-    Apply to (call, *u, *v, *theta); the result is one tensor per theta (zeros where the hook gives none).
+    torch's once_differentiable would not do: torch.func ignores it and returns zeros for the second
+    derivative. Apply to (call, *u, *v, *theta); the result is one tensor per theta (zeros where the hook
+    gives none).
     """
 
     @staticmethod
@@ -30,7 +33,8 @@ class HandVjp(torch.autograd.Function):
             raise AssertionError("no hand-written vjp in this call")
         grads = call.vjp(call, tensors[:count], tensors[count : 2 * count], theta)
         return tuple(
-            torch.zeros_like(value) if grad is None else grad for grad, value in zip(grads, theta, strict=True)
+            torch.zeros_like(value) if grad is None else grad
+            for grad, value in zip(grads, theta, strict=True)
         )
 
     @staticmethod
@@ -50,9 +54,13 @@ class HandVjp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
-        """Fold the vmapped axis into the batch: gradients of tensors that are shared inside become one per vmapped entry."""
+        """Fold the vmapped axis into the batch: gradients of tensors that are shared inside become one per
+        vmapped entry.
+        """
         size, count = info.batch_size, 2 * call.variables
-        leaves = [fold(value, dim, size) for value, dim in zip(tensors[:count], in_dims[1 : 1 + count], strict=True)]
+        leaves = [
+            fold(value, dim, size) for value, dim in zip(tensors[:count], in_dims[1 : 1 + count], strict=True)
+        ]
         # Every theta is lifted, so that the gradient of a shared one is not summed over the vmapped axis.
         lifted = [
             value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
@@ -68,6 +76,6 @@ class HandVjp(torch.autograd.Function):
 
 def _no_second(call: Call) -> NotSupportedYetError:
     return NotSupportedYetError(
-        f"the hand-written vjp of {call.name} has no derivative of its own, so backward='hand' has no second derivatives; "
-        "use backward='auto'"
+        f"the hand-written vjp of {call.name} has no derivative of its own, so backward='hand' has no second "
+        "derivatives; use backward='auto'"
     )

@@ -1,7 +1,8 @@
-"""The solution as a function of theta, for autograd: forward by any solver, derivatives by the implicit function theorem.
+"""The solution as a function of theta, for autograd: forward by any solver, derivatives by the implicit
+function theorem.
 
-In: a `Call` and the tensors theta. Out: (u, lam, status, iterations, residual), of which u and lam are differentiable to
-any order, in reverse and forward mode, under vmap. Next: `layer.py`, which makes the call.
+In: a `Call` and the tensors theta. Out: (u, lam, status, iterations, residual), of which u and lam are
+differentiable to any order, in reverse and forward mode, under vmap. Next: `layer.py`, which makes the call.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.batched_grads import through_func
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, has_tangent, own, unfold, zeros_for
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, unfold, zeros_for
 from implicitdiff.autograd.hand import HandVjp
 from implicitdiff.autograd.kkt import KKTSolve, autocast_off
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks
 from implicitdiff.errors import NotSupportedYetError
 from implicitdiff.status import Status
-from implicitdiff.torch_private import is_wrapped, nested_forward_mode, tangent_free
+from implicitdiff.torch_private import has_tangent, is_wrapped, nested_forward_mode, tangent_free
 
 EXTRAS = 3  # status, iterations, residual
 
@@ -28,8 +29,9 @@ EXTRAS = 3  # status, iterations, residual
 class ImplicitFunction(torch.autograd.Function):
     """(u, lam)(theta), defined by F(u, lam, theta) = (D_u L, -h) = 0.
 
-    Reverse: K (w, s) = -(v_u, v_lam), then the gradient in theta of <D_u L, w> - <h, s>. Forward: K (u', lam') =
-    -F_theta theta'. u and lam are saved as this function's own outputs, so a derivative of the derivative sees them move.
+    Reverse: K (w, s) = -(v_u, v_lam), then the gradient in theta of <D_u L, w> - <h, s>. Forward: K (u',
+    lam') = -F_theta theta'. u and lam are saved as this function's own outputs, so a derivative of the
+    derivative sees them move.
 
     Apply to (call, *theta, *start): `start` are leaves (B, *shape) of a warm start, or nothing. The result is
     (*u, *lam, status, iterations, residual), each with the batch axis first.
@@ -50,7 +52,9 @@ class ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Everything a derivative needs goes through save_for_backward, which checks for changes made in place."""
+        """Everything a derivative needs goes through save_for_backward, which checks for changes made in
+        place.
+        """
         call: Call = inputs[0]
         ctx.call = call
         ctx.starts = len(inputs) - 1 - len(call.batched)
@@ -75,7 +79,9 @@ class ImplicitFunction(torch.autograd.Function):
         """Fold the vmapped axis into the batch and apply again, so that vmaps nest."""
         size, count = info.batch_size, len(call.batched)
         theta, inner = call.fold_theta(tensors[:count], in_dims[1 : 1 + count], size)
-        start = [fold(value, dim, size) for value, dim in zip(tensors[count:], in_dims[1 + count :], strict=True)]
+        start = [
+            fold(value, dim, size) for value, dim in zip(tensors[count:], in_dims[1 + count :], strict=True)
+        ]
         outputs = ImplicitFunction.apply(inner, *theta, *start)
         return tuple(unfold(output, size, call.batch) for output in outputs), (0,) * len(outputs)
 
@@ -100,8 +106,8 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     call: Call = ctx.call
     if call.vjp is not None:
         raise NotSupportedYetError(
-            f"forward-mode derivatives of {call.name} with backward='hand': its vjp gives reverse mode only; use "
-            "backward='auto'"
+            f"forward-mode derivatives of {call.name} with backward='hand': its vjp gives reverse mode only; "
+            "use backward='auto'"
         )
     with nested_forward_mode():
         u, lam, status, theta = _saved(call, [tangent_free(value) for value in ctx.saved_tensors])
@@ -118,12 +124,20 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return (*masks.mark([leaf[0] for leaf in z]), *(None,) * EXTRAS)
 
 
-def pull_back(call: Call, u: Leaves, lam: Leaves, status: Tensor, theta: Leaves, cotangents: Sequence[Tensor | None],
-              needs: Sequence[bool]) -> tuple[Tensor | None, ...]:  # fmt: skip
+def pull_back(
+    call: Call,
+    u: Leaves,
+    lam: Leaves,
+    status: Tensor,
+    theta: Leaves,
+    cotangents: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     """The gradients in theta for cotangents of (u, lam), None where not needed.
 
-    Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that works in place.
-    Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one pullback.
+    Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that
+    works in place. Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one
+    pullback.
     """
     v = zeros_for(cotangents, (*u, *lam))
     if call.vjp is not None:
@@ -134,7 +148,9 @@ def pull_back(call: Call, u: Leaves, lam: Leaves, status: Tensor, theta: Leaves,
         grads = HandVjp.apply(call, *u, *v[: len(u)], *theta)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
     tensors = (*u, *lam, *theta, *v)
-    lean = not torch.is_grad_enabled() and not any(is_wrapped(tensor) or has_tangent(tensor) for tensor in tensors)
+    lean = not torch.is_grad_enabled() and not any(
+        is_wrapped(tensor) or has_tangent(tensor) for tensor in tensors
+    )
     masks = Masks.of(call, status)
     if lean and not masks.any_failed():
         v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]

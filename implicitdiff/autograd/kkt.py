@@ -1,7 +1,9 @@
-"""z = K^-1 r as a differentiable function of r, u, lam and theta: the one linear solve behind all derivatives of a layer.
+"""z = K^-1 r as a differentiable function of r, u, lam and theta: the one linear solve behind all derivatives
+of a layer.
 
-In: right-hand sides (R, B, *shape) and a point. Out: (w, s), differentiable any number of times in reverse and forward
-mode and under vmap, whatever the plan does inside (in-place buffers, iterations, LAPACK). Next: `autograd/implicit.py`.
+In: right-hand sides (R, B, *shape) and a point. Out: (w, s), differentiable any number of times in reverse
+and forward mode and under vmap, whatever the plan does inside (in-place buffers, iterations, LAPACK). Next:
+`autograd/implicit.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 class KKTSolve(torch.autograd.Function):
     """(w, s) = K^-1 (rhs_u, rhs_h), K = [[H, -A'], [-A, 0]] at (u, lam, theta), symmetric.
 
-    With z = K^-1 r and a cotangent c, q = K^-1 c: the gradient in r is q, that in the point is -D <q, K z>, q and z fixed.
-    A tangent is z' = K^-1 (r' - K' z). Where constraints are dependent K^-1 is the pseudo-inverse; its formulas are the
-    same as long as the dependence is structural (the null space of A' does not move).
+    With z = K^-1 r and a cotangent c, q = K^-1 c: the gradient in r is q, that in the point is -D <q, K z>, q
+    and z fixed. A tangent is z' = K^-1 (r' - K' z). Where constraints are dependent K^-1 is the
+    pseudo-inverse; its formulas are the same as long as the dependence is structural (the null space of A'
+    does not move).
 
     Apply to (call, *rhs_u, *rhs_h, *u, *lam, *theta); the result is (*w, *s).
     """
@@ -65,7 +68,9 @@ class KKTSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
-        """Only right-hand sides vmapped: more of them for one factorisation. Otherwise the axis goes into the batch."""
+        """Only right-hand sides vmapped: more of them for one factorisation. Otherwise the axis goes into the
+        batch.
+        """
         size, count = info.batch_size, call.variables + call.multipliers
         rhs, point = _parts(call, tensors)
         rhs_dims, point_dims = in_dims[1 : 1 + count], in_dims[1 + count :]
@@ -121,8 +126,11 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
             return KKTSolve.apply(call, *rhs, *point)
 
 
-def solve(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves) -> tuple[Leaves, Leaves]:
-    """K^-1 rhs by the plan, plain tensors in and out, with `on_failure` applied to the samples that have no answer.
+def solve(
+    call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves
+) -> tuple[Leaves, Leaves]:
+    """K^-1 rhs by the plan, plain tensors in and out, with `on_failure` applied to the samples that have no
+    answer.
 
     A sample whose right-hand sides are exactly 0 has the answer 0 on every solver and is never a failure.
 
@@ -143,11 +151,22 @@ def solve(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_
     return _fill(w, idle, 0.0), _fill(s, idle, 0.0)
 
 
-def _damped(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, w: Leaves, s: Leaves,
-            bad: Tensor) -> tuple[Leaves, Leaves, Tensor]:  # fmt: skip
+def _damped(
+    call: Call,
+    u: Leaves,
+    lam: Leaves,
+    theta: Leaves,
+    rhs_u: Leaves,
+    rhs_h: Leaves,
+    w: Leaves,
+    s: Leaves,
+    bad: Tensor,
+) -> tuple[Leaves, Leaves, Tensor]:
     """H + shift I in the bad samples, the shift growing until K is regular there."""
     ones = tuple(torch.ones_like(leaf) for leaf in u)
-    product, _ = call.lagrangian.kkt_product(u, lam, theta, ones, tuple(torch.zeros_like(leaf) for leaf in lam))
+    product, _ = call.lagrangian.kkt_product(
+        u, lam, theta, ones, tuple(torch.zeros_like(leaf) for leaf in lam)
+    )
     size = torch.stack([leaf.abs().reshape(len(bad), -1).amax(1) for leaf in product]).amax(0)
     size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
     damped = torch.zeros_like(bad)
@@ -162,7 +181,8 @@ def _damped(call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rh
             break
     samples = torch.nonzero(damped)[:, 0].tolist()
     if samples:
-        message = f"{call.name}: {name_samples(samples, call.batch)}: the KKT matrix is singular, its Hessian was damped"
+        named = name_samples(samples, call.batch)
+        message = f"{call.name}: {named}: the KKT matrix is singular, its Hessian was damped"
         emit(Status.DAMPED.name, "backward", samples, message, call.records)
         warnings.warn(message, OptimalityWarning, stacklevel=2)
     return w, s, bad
@@ -172,13 +192,13 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
     samples = torch.nonzero(bad)[:, 0].tolist()
     kind = Status(int(status[samples[0]]))
     what = {
-        Status.SINGULAR: "the KKT matrix is singular: the solution is not locally unique, so it has no derivative",
+        Status.SINGULAR: "the KKT matrix is singular: u is not locally unique, so it has no derivative",
         Status.NONFINITE: "a second derivative is NaN or infinite at the solution",
         Status.NOT_CONVERGED: "the iterative solver of the backward pass did not reach its tolerance",
     }.get(kind, f"the backward pass ended with status {kind.name}")
     message = (
-        f"{call.name}: {name_samples(samples, call.batch)}: {what}; add a small quadratic term to the objective, "
-        "or accept it with on_failure='damp', 'nan' or 'zero'"
+        f"{call.name}: {name_samples(samples, call.batch)}: {what}; add a small quadratic term to the "
+        "objective, or accept it with on_failure='damp', 'nan' or 'zero'"
     )
     emit(kind.name, "backward", samples, message, call.records)
     if call.on_failure in ("raise", "damp"):
@@ -188,7 +208,9 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
 
 
 def autocast_off(like: Tensor) -> Any:
-    """The backward runs in the dtype of its tensors: inside an autocast region a matrix product would run in bfloat16."""
+    """The backward runs in the dtype of its tensors: inside an autocast region a matrix product would run in
+    bfloat16.
+    """
     return torch.autocast(like.device.type, enabled=False)
 
 

@@ -1,8 +1,9 @@
-"""The dense rung of the ladder: Eqn. 3 of the seed paper by automatic differentiation, batched, for any traceable problem.
+"""The dense rung of the ladder: Eqn. 3 of the seed paper by automatic differentiation, batched, for any
+traceable problem.
 
-In: a trace. Out: an `AutodiffPlan`, which answers every question a Plan is asked, exactly and without any structure:
-A and H dense by vmapped vector-Jacobian products, K by LU. Next: `plan.py`, which takes this plan where nothing better is
-proved, and `autograd.py`, which calls it.
+In: a trace. Out: an `AutodiffPlan`, which answers every question a Plan is asked, exactly and without any
+structure: A and H dense by vmapped vector-Jacobian products, K by LU. Next: `plan.py`, which takes this plan
+where nothing better is proved, and `autograd.py`, which calls it.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from implicitdiff.derivatives.stationarity import Stationarity
 from implicitdiff.graph.trace import Trace
 from implicitdiff.operators import Dense, LinearOperator
 
-# Rows of a dense derivative are made in chunks whose live intermediates stay near this many numbers: measured, eight rows
-# at a time are two to three times faster than all of them where the inputs are large.
+# Rows of a dense derivative are made in chunks whose live intermediates stay near this many numbers:
+# measured, eight rows at a time are two to three times faster than all of them where the inputs are large.
 CHUNK_ENTRIES = 2**21
 
 
 class AutodiffPlan:
     """A Plan (see `plan.Plan`) by torch.func on the traced functions of one sample.
 
-    All tensors are plain (no gradient recorded, no functorch wrappers). Costs, with m variables, p constraints and n
-    entries of theta a sample: H takes m gradients, (B, m, m) numbers; A takes p of h; K one LU of (m + p)^2.
+    All tensors are plain (no gradient recorded, no functorch wrappers). Costs, with m variables, p
+    constraints and n entries of theta a sample: H takes m gradients, (B, m, m) numbers; A takes p of h; K one
+    LU of (m + p)^2.
     """
 
     def __init__(self, trace: Trace, analysis: Any) -> None:
@@ -54,11 +56,11 @@ class AutodiffPlan:
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h with their scales.
 
-        The terms that cancel inside D_u f are not visible to automatic differentiation. What stands in for them is
-        |H d|_inf with d = (+-|u_i|)_i for a fixed pattern of signs: the size of D_u f's linear part in u, one
-        Hessian-vector product. With constraints also |D_u f|_inf and |A'lam|_inf, which cancel each other. For h likewise:
-        the larger of |A d|_inf and |A |u||_inf. A u that is 0 altogether counts as sqrt(eps) times the largest input, so
-        that a minimum at 0 found up to rounding is a minimum.
+        The terms that cancel inside D_u f are not visible to automatic differentiation. What stands in for
+        them is |H d|_inf with d = (+-|u_i|)_i for a fixed pattern of signs: the size of D_u f's linear part
+        in u, one Hessian-vector product. With constraints also |D_u f|_inf and |A'lam|_inf, which cancel each
+        other. For h likewise: the larger of |A d|_inf and |A |u||_inf. A u that is 0 altogether counts as
+        sqrt(eps) times the largest input, so that a minimum at 0 found up to rounding is a minimum.
         """
         gradient, pull = torch.func.vjp(lambda *v: self.lagrangian.gradient(v, lam, theta), *u)
         steps = self._steps(u, theta)
@@ -92,13 +94,17 @@ class AutodiffPlan:
         return tuple(leaf.abs() + _per_sample(lift, leaf) for leaf in u)
 
     def multipliers(self, u: Leaves, theta: Leaves) -> Leaves:
-        """lam of smallest norm among those that minimise |A'lam - D_u f|, from the singular values of A: O(m p^2)."""
+        """lam of smallest norm among those that minimise |A'lam - D_u f|, from the singular values of A: O(m
+        p^2).
+        """
         if not self.constraint_shapes:
             return ()
         slope = flat.join(self.lagrangian.objective_gradient(u, theta), 1)
         jacobian = self.constraint_jacobian(u, theta)
         finite = torch.isfinite(jacobian).all(-1).all(-1) & torch.isfinite(slope).all(-1)
-        left, values, right = torch.linalg.svd(torch.where(finite[:, None, None], jacobian, 0.0), full_matrices=False)
+        left, values, right = torch.linalg.svd(
+            torch.where(finite[:, None, None], jacobian, 0.0), full_matrices=False
+        )
         cutoff = 10 * max(jacobian.shape[1:]) ** 0.5 * torch.finfo(values.dtype).eps
         zero = values <= cutoff * values.amax(1, keepdim=True)
         inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
@@ -141,7 +147,9 @@ class AutodiffPlan:
         """K = [[H + shift I, -A'], [-A, 0]], (B, m + p, m + p)."""
         hessian = self.hessian_matrix(u, lam, theta)
         if shift is not None:
-            hessian = hessian + shift[:, None, None] * torch.eye(self.size, dtype=hessian.dtype, device=hessian.device)
+            hessian = hessian + shift[:, None, None] * torch.eye(
+                self.size, dtype=hessian.dtype, device=hessian.device
+            )
         if not self.constraint_shapes:
             return hessian
         jacobian = self.constraint_jacobian(u, theta)
@@ -149,7 +157,9 @@ class AutodiffPlan:
         return torch.cat([torch.cat([hessian, -jacobian.mT], 2), torch.cat([-jacobian, corner], 2)], 1)
 
     def _inside(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Tensor | None]:
-        """u moved off the edge of the domain, and which unknowns (B, m + p) stay fixed there; None if none does."""
+        """u moved off the edge of the domain, and which unknowns (B, m + p) stay fixed there; None if none
+        does.
+        """
         if not any(bool((leaf == 0).any()) for leaf in u):
             return u, None
         moved, lost = self.lagrangian.inside(u, lam, theta)
@@ -160,12 +170,14 @@ class AutodiffPlan:
 
     # The solves
 
-    def kkt_solve(self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves,
-                  shift: Tensor | None = None) -> tuple[Leaves, Leaves, Tensor]:  # fmt: skip
-        """(w, s) = K^-1 rhs for right-hand sides (R, B, *shape); of minimum norm where constraints are dependent.
+    def kkt_solve(
+        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
+    ) -> tuple[Leaves, Leaves, Tensor]:
+        """(w, s) = K^-1 rhs for right-hand sides (R, B, *shape); of minimum norm where constraints are
+        dependent.
 
-        Entries of u that underflowed to the edge of the domain do not move: their rows and columns are those of the
-        identity, their w is 0.
+        Entries of u that underflowed to the edge of the domain do not move: their rows and columns are those
+        of the identity, their w is 0.
         """
         inside, fixed = self._inside(u, lam, theta)
         matrix = self.kkt_matrix(inside, lam, theta, shift)
@@ -178,8 +190,9 @@ class AutodiffPlan:
         leaves = flat.split(z.permute(2, 0, 1), (*self.variable_shapes, *self.constraint_shapes))
         return leaves[: len(u)], leaves[len(u) :], status
 
-    def vjp(self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
-            ) -> tuple[tuple[Tensor | None, ...], Tensor]:  # fmt: skip
+    def vjp(
+        self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """The gradients in theta: K (w, s) = -(v_u, v_lam), then one pullback of <D_u L, w> - <h, s>."""
         if v_lam is None:
             v_lam = tuple(torch.zeros_like(leaf) for leaf in lam)
@@ -193,14 +206,21 @@ class AutodiffPlan:
 class ApproximatePlan(AutodiffPlan):
     """The constraints ignored: K is replaced by H alone, so the gradient is B'w with H w = -v, and s = 0."""
 
-    def kkt_solve(self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves,
-                  shift: Tensor | None = None) -> tuple[Leaves, Leaves, Tensor]:  # fmt: skip
+    def kkt_solve(
+        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
+    ) -> tuple[Leaves, Leaves, Tensor]:
         """w = H^-1 rhs_u and s = 0."""
         matrix = self.hessian_matrix(u, lam, theta)
         if shift is not None:
-            matrix = matrix + shift[:, None, None] * torch.eye(self.size, dtype=matrix.dtype, device=matrix.device)
+            matrix = matrix + shift[:, None, None] * torch.eye(
+                self.size, dtype=matrix.dtype, device=matrix.device
+            )
         z, status = solve_symmetric(matrix, flat.join(rhs_u, 2).permute(1, 2, 0), self.size)
-        return flat.split(z.permute(2, 0, 1), self.variable_shapes), tuple(torch.zeros_like(r) for r in rhs_h), status
+        return (
+            flat.split(z.permute(2, 0, 1), self.variable_shapes),
+            tuple(torch.zeros_like(r) for r in rhs_h),
+            status,
+        )
 
 
 def _largest(leaves: Sequence[Tensor]) -> Tensor:

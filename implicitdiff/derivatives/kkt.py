@@ -1,7 +1,9 @@
-"""Solve the dense symmetric KKT system of a batch, telling dependent constraints from a solution that is not unique.
+"""Solve the dense symmetric KKT system of a batch, telling dependent constraints from a solution that is not
+unique.
 
-In: K (B, N, N) and right-hand sides. Out: the solution of smallest norm and one status per sample. LU with a condition
-estimate does the regular samples; only the suspicious ones pay for an eigendecomposition. Next: `derivatives/autodiff.py`.
+In: K (B, N, N) and right-hand sides. Out: the solution of smallest norm and one status per sample. LU with a
+condition estimate does the regular samples; only the suspicious ones pay for an eigendecomposition. Next:
+`derivatives/autodiff.py`.
 """
 
 from __future__ import annotations
@@ -15,19 +17,18 @@ from implicitdiff.status import Status
 def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor, Tensor]:
     """K z = rhs for symmetric, possibly singular K, sample by sample.
 
-    K is scaled to DKD with rows of size about 1 first, so that a regular K whose blocks differ by many orders of magnitude
-    is not taken for a singular one. A null vector of K that lives in the multipliers alone (A'n = 0) means dependent
-    constraints: the answer is the pseudo-inverse K^+ rhs, the representative of minimum norm. Any other null vector leaves
-    a direction in which u is not determined: SINGULAR.
+    K is scaled to DKD with rows of size about 1 first, so that a regular K whose blocks differ by many orders
+    of magnitude is not taken for a singular one. A null vector of K that lives in the multipliers alone (A'n
+    = 0) means dependent constraints: the answer is the pseudo-inverse K^+ rhs, the representative of minimum
+    norm. Any other null vector leaves a direction in which u is not determined: SINGULAR.
 
     Args:
         matrix: K, (B, N, N).
         rhs: (B, N, R).
         variables: m; the first m rows and columns belong to u.
 
-    Returns:
-        z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A right-hand side
-        that is exactly 0 gives exactly 0 whatever the matrix.
+    Returns: z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A
+        right-hand side that is exactly 0 gives exactly 0 whatever the matrix.
 
     Cost: 2/3 N^3 a sample; about 10 N^3 more for each sample that looks singular.
     """
@@ -62,13 +63,15 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor
 def _rank_tolerance(matrix: Tensor) -> float:
     """Eigenvalues below this share of the largest one count as zero.
 
-    A matrix that is singular in exact arithmetic has, after rounding of its entries, eigenvalues of a few eps sqrt(N).
+    A matrix that is singular in exact arithmetic has, after rounding of its entries, eigenvalues of a few eps
+    sqrt(N).
     """
     return 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps
 
 
 def _equilibration(matrix: Tensor) -> Tensor:
-    """d (B, N) such that diag(d) K diag(d) has rows of maximum about 1 (three sweeps of Ruiz' scaling; 1 for a zero row).
+    """d (B, N) such that diag(d) K diag(d) has rows of maximum about 1 (three sweeps of Ruiz' scaling; 1 for
+    a zero row).
 
     Powers of two, so that scaling commits no rounding error.
     """
@@ -87,14 +90,21 @@ def _pseudo_solve(scaled: Tensor, scale: Tensor, rhs: Tensor, variables: int) ->
     """
     tolerance = _rank_tolerance(scaled)
     values, vectors = torch.linalg.eigh(scaled)
-    zero = values.abs() <= tolerance * values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    zero = values.abs() <= tolerance * values.abs().amax(1, keepdim=True).clamp(
+        min=torch.finfo(values.dtype).tiny
+    )
     inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
-    # The null vectors, each in its own column, the others zeroed: QR then keeps them and fills up with columns to be masked.
+    # The null vectors, each in its own column, the others zeroed: QR then keeps them and fills up with
+    # columns to be masked.
     count = int(zero.sum(1).max())
     order = torch.argsort(zero.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
     member = torch.gather(zero, 1, order)
     null = torch.gather(vectors, 2, order[:, None, :].expand(-1, vectors.shape[1], -1))
-    reaches = (null[:, :variables] * member[:, None, :]).abs().amax(1) if variables else null.new_zeros(member.shape)
+    reaches = (
+        (null[:, :variables] * member[:, None, :]).abs().amax(1)
+        if variables
+        else null.new_zeros(member.shape)
+    )
     singular = (reaches > tolerance**0.5).any(1)
     basis = _orthonormal(scale[:, :, None] * null * member[:, None, :], member)
     rhs = rhs - basis @ (basis.mT @ rhs)
@@ -103,7 +113,9 @@ def _pseudo_solve(scaled: Tensor, scale: Tensor, rhs: Tensor, variables: int) ->
 
 
 def _orthonormal(columns: Tensor, member: Tensor) -> Tensor:
-    """An orthonormal basis of the span of the member columns; zero columns stay zero (Householder QR puts members first)."""
+    """An orthonormal basis of the span of the member columns; zero columns stay zero (Householder QR puts
+    members first).
+    """
     if columns.shape[2] == 0:
         return columns
     q, _ = torch.linalg.qr(columns)

@@ -33,7 +33,7 @@ class BackwardCost:
 
 
 def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
-    """Count one `plan.vjp` with gradients for all floating inputs.
+    """Count one `plan.vjp` with gradients for all floating inputs and the Parameters.
 
     Args:
         problem: The problem, for its `init`.
@@ -79,7 +79,14 @@ def _run(
     outputs = () if plan.trace.equality is None else plan.trace.equality.output_shapes
     u = leaves(shapes, dtypes) if start is None else tuple(start)
     lam, v = leaves(outputs, [dtypes[0]] * len(outputs)), leaves(shapes, dtypes)
-    needs = [tensor.is_floating_point() for tensor in theta]
+    # every input, and the Parameters: a buffer never needs a gradient
+    inputs = len(planned.bound.leaves)
+    trained = [tensor.requires_grad for tensor in planned.bound.tensors]
+    needs = (
+        [t.is_floating_point() for t in theta[:inputs]]
+        + trained
+        + [False] * (len(theta) - inputs - len(trained))
+    )
     with torch.no_grad():
         plan.vjp(u, lam, tuple(theta), v, None, needs)  # emits what is written on first use
         _, found = measure(plan.vjp, u, lam, tuple(theta), v, None, needs)
@@ -108,13 +115,21 @@ def _start(problem: Problem, planned: Planned) -> tuple[Tensor, ...] | None:
 
 
 class _NoFailure(TorchDispatchMode):
-    """Answers a question about the value of a meta tensor with 0: no factorisation has failed."""
+    """Answers questions about the values of meta tensors as they are answered where nothing fails.
+
+    What solvers ask is whether all of something are sound (yes), whether any sample is bad (no), and which
+    ones (none).
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.zeros((), dtype=args[0].dtype).item()
-        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+        on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if on_meta and func is torch.ops.aten._local_scalar_dense.default:
+            return torch.tensor(hasattr(args[0], "_all_are_sound"), dtype=args[0].dtype).item()
+        if on_meta and func is torch.ops.aten.nonzero.default:
             return torch.empty((0, args[0].dim()), dtype=torch.int64, device="meta")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if on_meta and func._overloadpacket is torch.ops.aten.all:
+            result._all_are_sound = True
+        return result

@@ -175,7 +175,8 @@ def _residuals(
     lam = (
         tuple(pytree.tree_leaves(held.equality_multipliers)) if held.equality_multipliers is not None else ()
     )
-    scales = planned.plan.stationarity(u, lam, planned.theta)
+    with torch.no_grad():
+        scales = planned.plan.stationarity(u, lam, planned.theta)
     tolerance = torch.finfo(planned.bound.dtype).eps ** 0.5
     flat_lam = [
         torch.cat([leaf[b].double().reshape(-1) for leaf in lam]) if lam else None

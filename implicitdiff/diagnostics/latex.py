@@ -16,9 +16,9 @@ _FORMS = {
     "diagonal": r"\operatorname{diag}(d)",
     "kronecker": r"K_1 \otimes K_2",
     "banded": r"\operatorname{band}(d_{-b}, \dots, d_b)",
-    "block-diagonal": r"\operatorname{blkdiag}(H_1, \dots, H_k)",
+    "block-diagonal": r"\operatorname{blkdiag}(%(name)s_1, \dots, %(name)s_k)",
     "low-rank-plus-diagonal": r"D + U C U^\top",
-    "block": r"\begin{pmatrix} S_{11} & S_{12} \\ S_{21} & S_{22} \end{pmatrix}",
+    "block": r"\begin{pmatrix} %(name)s_{11} & %(name)s_{12} \\ %(name)s_{21} & %(name)s_{22} \end{pmatrix}",
 }
 _SPECIAL = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -44,14 +44,14 @@ def derivation_in_latex(found: "Explanation") -> str:
         lines.append(r"L &= f - \lambda^\top h, \qquad \lambda^\top A = \mathrm{D}_u f")
     else:
         lines.append(r"L &= f")
-    lines.append(rf"H &= \mathrm{{D}}^2_{{uu}} L {_matrix(found.hessian)}")
+    lines.append(rf"H &= \mathrm{{D}}^2_{{uu}} L {_matrix('H', found.hessian)}")
     if not p:
         lines.append(r"H w &= -v")
         lines.append(r"\nabla_x &= \mathrm{D}_x \bigl( \mathrm{D}_u L \cdot w \bigr) = B^\top w")
         return _align(lines)
-    lines.append(rf"A &= \mathrm{{D}}_u h {_matrix(found.constraint_jacobian)}")
+    lines.append(rf"A &= \mathrm{{D}}_u h {_matrix('A', found.constraint_jacobian)}")
     if found.schur is not None:
-        lines.append(rf"S &= A H^{{-1}} A^\top {_matrix(found.schur)}")
+        lines.append(rf"S &= A H^{{-1}} A^\top {_matrix('S', found.schur)}")
     lines += [rf"&\quad \text{{{escape(text)}}}" for text in found.dependent]
     lines.append(
         r"\begin{pmatrix} H & -A^\top \\ -A & 0 \end{pmatrix} \begin{pmatrix} w \\ s \end{pmatrix}"
@@ -63,9 +63,12 @@ def derivation_in_latex(found: "Explanation") -> str:
     return _align(lines)
 
 
-def _matrix(found: MatrixReport) -> str:
+def _matrix(name: str, found: MatrixReport) -> str:
     rows, columns = found.shape
-    form = f" = {_FORMS[found.kind]}" if found.kind in _FORMS else ""
+    form = f" = {_FORMS[found.kind]}".replace("%(name)s", name) if found.kind in _FORMS else ""
+    if name == "A" and found.kind == "block":
+        # The outputs of `equality`, one below the other.
+        form = r" = \begin{pmatrix} A_1 \\ A_2 \\ \vdots \end{pmatrix}"
     remark = escape(f"{found.kind}: {found.reason}")
     return rf"{form} \in \mathbb{{R}}^{{{rows} \times {columns}}} &&\text{{{remark}}}"
 

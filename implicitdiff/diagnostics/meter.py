@@ -97,6 +97,10 @@ class Measurement:
 def measure(fn: Callable[..., T], *args: Any) -> tuple[T, Measurement]:
     """Call `fn(*args)` once and count what it does.
 
+    Counted is what the calling thread dispatches, autograd's backward on the CPU included. A custom operator
+    counts as one operation (its arguments read, its results written), whatever happens inside; so does a
+    compiled region.
+
     Cost: the call itself plus tens of microseconds for each operation; never time a call that is being
         measured.
 
@@ -180,8 +184,8 @@ class Meter(TorchDispatchMode):
         outputs = list(tensors_in(result))
         changed = list(mutated(func, args, kwargs))
         if func is torch.ops.aten.lift_fresh.default:
-            # torch.tensor(...) fills its storage before the dispatcher sees it.
-            known = set()
+            # torch.tensor(...) fills its storage from Python numbers before the dispatcher sees it.
+            known, reads = set(), 0
         fresh = [tensor for tensor in outputs if not stored(tensor) or storage_key(tensor) not in known]
         for tensor in fresh + changed:
             self._track(tensor, name, fresh=not any(tensor is other for other in changed))

@@ -97,6 +97,8 @@ class Reference:
     def direction(self, b: int, v: Tensor) -> Direction:
         """(w, s) with K (w, s) = -(v, 0), K = [[H, -A'], [-A, 0]]; s of least norm where rows of A depend.
 
+        NaN where K is singular.
+
         The dependent directions N get -N N' in the lower block: that leaves the solution of the consistent
         system as it is and makes N's = 0. Rows and columns are scaled to comparable size and one step of
         refinement follows, since H may span many orders of magnitude (1 / P in optimal transport).
@@ -109,7 +111,9 @@ class Reference:
         scale = torch.where(size > 0, size, 1).rsqrt()
         scaled = scale[:, None] * matrix * scale
         rhs = (scale * torch.cat([-v.masked_fill(d.edge, 0), v.new_zeros(p)]))[:, None]
-        factors, pivots = torch.linalg.lu_factor(scaled)
+        factors, pivots, info = torch.linalg.lu_factor_ex(scaled)
+        if int(info):
+            return Direction(torch.full_like(v, math.nan), v.new_full((p,), math.nan), d.multipliers)
         solution = torch.linalg.lu_solve(factors, pivots, rhs)
         solution = solution + torch.linalg.lu_solve(factors, pivots, rhs - scaled @ solution)
         w, s = (scale * solution[:, 0]).split([v.numel(), p])

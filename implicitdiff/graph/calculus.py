@@ -143,7 +143,7 @@ def tangent(build: Builder, ref: Ref, directions: Mapping[int, Ref], memo: dict[
             # the spec of each axis follows the axis, wherever the direction keeps it
             position = {label: k for k, label in enumerate(leaf.labels)}
             specs = tuple(node.data[position[label]] for label in pushed.labels)  # type: ignore[index]
-            rows = {own: row for _, own, row in build.view_axes(ref)}
+            rows = {own: row for _, own, row in build.view_axes(ref, leaf)}
             out = [rows[label] for label in pushed.labels if rows[label] is not None]
             result = build.make("view", specs, [pushed], out, bound)  # type: ignore[arg-type]
     elif node.op in POINTWISE:

@@ -135,7 +135,7 @@ def depends_on(module: torch.fx.GraphModule, output: Any, placeholders: Sequence
         if node in targets:
             return True
         value = node.meta.get("val")
-        constant = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        constant = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
         if node.target is not aten.detach.default and not constant:
             queue.extend(node.all_input_nodes)
     return False

@@ -1,11 +1,12 @@
 """What the variables look like: structure, shapes and dtype of u for one sample.
 
-Comes in: a Problem and its bound inputs, or the u that its ``solve`` returned. Goes out: an ``Example``. Next
-file to
-read: ``trace.py``.
+Comes in: a Problem and its bound inputs, or the u that its ``solve`` returned. Goes out: an ``Example``.
+Next file to read: ``trace.py``.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from implicitdiff.inputs import Bound, variable_name
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, flatten, leaf_names
 from implicitdiff.torch_private import clean_context, is_fake, is_wrapped
+
+KEPT = 32
 
 
 class Example(NamedTuple):
@@ -30,7 +33,8 @@ def variable_example(problem: Problem, bound: Bound) -> Example:
     """Structure, shapes and dtype of the variables, from ``init``.
 
     ``init`` is run on fake tensors of one sample. It may read values, which fake tensors do not have: then it
-    is run on the first sample instead, if there is one.
+    is run on the first sample instead, if there is one. What came from shapes alone is remembered by
+    signature.
 
     Args:
         problem: The Problem.
@@ -48,13 +52,20 @@ def variable_example(problem: Problem, bound: Bound) -> Example:
     name = type(problem).__name__
     if not problem.declares("init"):
         raise ProblemDefinitionError(f"{name} declares no init: the variables follow from what solve returns")
+    signature = bound.signature
+    with LOCK:
+        known = _KNOWN.setdefault(problem, OrderedDict())
+        if signature in known:
+            return known[signature]
     arguments = arguments_of(problem, (), None, bound)
+    lasting = True
     try:
         with LOCK:
             result = run_on_shapes(problem, "init", arguments)
     except ImplicitDiffError as error:
         if bound.batch == 0 or any(is_fake(x) or is_wrapped(x) for x in (*bound.leaves, *bound.tensors)):
             raise
+        lasting = False
         try:
             with torch.no_grad():
                 result = problem.init(*bound.sample(0))
@@ -62,7 +73,13 @@ def variable_example(problem: Problem, bound: Bound) -> Example:
             raise explain(f"{name}.init", arguments, second) from error
     leaves, spec = flatten(result)
     labels = leaf_names(spec, variable_name(problem))
-    return _example(leaves, spec, f"{name}.init", labels, bound, InputError)
+    example = _example(leaves, spec, f"{name}.init", labels, bound, InputError)
+    if lasting:
+        with LOCK:
+            known[signature] = example
+            while len(known) > KEPT:
+                known.popitem(last=False)
+    return example
 
 
 def solution_example(problem: Problem, solution: Any, bound: Bound) -> Example:
@@ -91,6 +108,9 @@ def solution_example(problem: Problem, solution: Any, bound: Bound) -> Example:
             )
     one = [_without_batch(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return _example(one, spec, name, labels, bound, SolutionError)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Problem, OrderedDict[Hashable, Example]] = weakref.WeakKeyDictionary()
 
 
 def _example(

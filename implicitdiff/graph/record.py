@@ -33,6 +33,7 @@ from implicitdiff.torch_private import (
     DynamicOutputShapeException,
     FakeTensorMode,
     clean_context,
+    compiled_functions_inlined,
     make_fx,
 )
 
@@ -46,7 +47,7 @@ _NO_DATA = (
 )
 _DEVICES = ("FakeTensor Device Propagation", "Expected all tensors to be on the same device")
 
-REPEATS = 12
+REPEATS = 20
 
 Check = Callable[[Any], list[torch.Tensor]]
 
@@ -196,7 +197,12 @@ def _run(
     try:
         # Gradients are on, but nothing requires them: the graph is that of no_grad, and a no_grad of the user
         # shows.
-        with torch.enable_grad(), clean_context(), FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            torch.enable_grad(),
+            clean_context(),
+            compiled_functions_inlined(),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             return make_fx(target, tracing_mode="real")(*arguments.fakes())
     except ImplicitDiffError:
         raise

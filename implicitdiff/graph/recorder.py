@@ -43,6 +43,8 @@ class Recorder(TorchDispatchMode):
         entry: The code of the function that calls the hook; the user's frames lie above it.
     """
 
+    supports_higher_order_operators = True  # so that torch.cond arrives here
+
     def __init__(self, hook: str, entry: CodeType) -> None:
         super().__init__()
         self._hook = hook
@@ -50,6 +52,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            raise ControlFlowError(
+                self._message("calls a control flow operator", func, origin(self._entry), VALUE_REMEDY)
+            )
         if func.namespace == "prim":  # queries such as prim.device make no node
             return func(*args, **kwargs)
         place = origin(self._entry)

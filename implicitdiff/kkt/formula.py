@@ -28,11 +28,10 @@ class Steps(Generic[X, Y]):
 
 
 def range_space(steps: Steps[X, Y], a: X, b: Y) -> tuple[X, Y]:
-    """(w, s): one solve with S, and H^-1 applied to two right-hand sides, the first of which is shared.
+    """(w, s): one solve with S and two with H.
 
     Gould et al. (2022), Eqn. 3, evaluated from the left for given right-hand sides.
     """
-    q = steps.inverse(a)
-    s = steps.schur(steps.negate(steps.add(b, steps.constrain(q))))  # type: ignore[arg-type]
-    w = steps.add(q, steps.inverse(steps.spread(s)))
-    return w, s  # type: ignore[return-value]
+    s = steps.schur(steps.negate(steps.add(b, steps.constrain(steps.inverse(a)))))  # type: ignore[arg-type]
+    w = steps.inverse(steps.add(a, steps.spread(s)))  # type: ignore[arg-type]
+    return w, s

@@ -14,6 +14,7 @@ import torch
 from implicitdiff import solvers
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.jacobian import JacobianTerm
+from implicitdiff.errors import OptionError
 from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.ir import Label, Ref
 from implicitdiff.kkt import lowering
@@ -104,25 +105,34 @@ class RouteFinder:
         diagonal = form.kind in ("diagonal", "scaled-identity")
         dependent = dependence.find(build, self.declared.rows()) if constrained else None
         base = Route("unconstrained", form, form.kind, "Divide", None, "", (), 1.0, dependent, "divide", ())
-        if constrained and (full or self._surely_singular(form)):
-            reason = "H is singular for every input, so S = A H^-1 A' does not exist"
-            return replace(base, name="full", solver="lu", rejected=(("schur", reason),))
-        if not diagonal:
-            kind, choice = self._hessian_solver(form, linear_solver if not constrained else "auto")
-            base = replace(base, hessian_kind=kind, hessian_solver=type(choice.solver).__name__,
-                           solver=choice.solver.name, rejected=tuple(choice.rejected))
-            return replace(base, name="numeric", solver="schur") if constrained else base
-        if not constrained:
+        if constrained and (full or linear_solver in ("lu", "ldl") or self._surely_singular(form)):
+            reason = "asked for" if linear_solver in ("lu", "ldl") else "H has no curvature for some variable: S does not exist"
+            rejected = () if linear_solver in ("lu", "ldl") else (("schur", reason),)
+            return replace(base, name="full", solver="ldl" if linear_solver == "ldl" else "lu", rejected=rejected)
+        if constrained and diagonal:
+            return self._range_space(base, linear_solver)
+        if diagonal and linear_solver in ("auto", "divide"):
             return base
-        schur, common, coefficient = self._schur(form)
-        corners = [k for k in range(len(schur.space.names)) if schur.grid[k][k].is_diagonal]
+        kind, choice = self._hessian_solver(form, "auto" if linear_solver == "schur" and constrained else linear_solver)
+        base = replace(base, hessian_kind=kind, hessian_solver=type(choice.solver).__name__,
+                       solver=choice.solver.name, rejected=tuple(choice.rejected))
+        return replace(base, name="numeric", solver="schur") if constrained else base
+
+    def _range_space(self, base: Route, linear_solver: str) -> Route:
+        """The route through S of a diagonal H: the elimination of a diagonal corner if there is one."""
+        schur, common, coefficient = self._schur(base.hessian)
+        count = len(schur.space.names)
+        found = {"cholesky": "Cholesky"}
         if schur.kind in ("diagonal", "scaled-identity"):
-            solver, name = "Divide", "divide"
-        elif len(schur.space.names) > 1 and corners:
-            solver, name = "Schur", "schur"
-        else:
-            solver, name = "Cholesky", "cholesky"
-        return replace(base, name="range-space", schur=schur, schur_solver=solver, common=common,
+            found = {"divide": "Divide", **found}
+        elif count > 1 and any(schur.grid[k][k].is_diagonal for k in range(count)):
+            found = {"schur": "Schur", **found}
+        name = next(iter(found)) if linear_solver in ("auto", "schur") else linear_solver
+        if name not in found:
+            known = ", ".join([*found, "lu", "ldl"])
+            raise OptionError(f"linear_solver={linear_solver!r} does not fit: H is {base.hessian.kind} and "
+                              f"S = A H^-1 A' is {schur.kind}; choose auto, {known}")
+        return replace(base, name="range-space", schur=schur, schur_solver=found[name], common=common,
                        common_coefficient=coefficient, solver=name)
 
     def _hessian_solver(self, form: Form, linear_solver: str) -> tuple[str, solvers.Choice]:

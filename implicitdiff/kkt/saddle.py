@@ -96,7 +96,9 @@ class FullKKT:
         status: (B,) int8, known after the first `solve`.
     """
 
-    def __init__(self, hessian: Tensor, jacobian: Tensor) -> None:
+    def __init__(self, hessian: Tensor, jacobian: Tensor, *, ldl: bool = False) -> None:
+        """Forms K; `ldl` factors it as LDL' (which finds no dependent constraints) instead of LU."""
+        self.ldl = ldl
         batch = max(hessian.shape[0], jacobian.shape[0])
         corner = hessian.new_zeros(batch, jacobian.shape[-2], jacobian.shape[-2])
         self.matrix = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
@@ -109,8 +111,15 @@ class FullKKT:
         batch = self.matrix.shape[0]
         rhs = torch.cat([a, b.expand(*lead, -1)], dim=-1)
         columns = rhs.reshape(-1, *rhs.shape[-2:]).expand(-1, batch, -1).permute(1, 2, 0)
+        if self.ldl:
+            factor = solvers.LDL().factor(operators.Dense(self.matrix, symmetric=True))
+            self.status = factor.status
+            return self._split(factor.solve(rhs))
         found, self.status = solve_symmetric(self.matrix, columns, self.size)
         out = found.permute(2, 0, 1).reshape(*lead[:-1], batch, -1)
+        return self._split(out)
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
         return out[..., : self.size], out[..., self.size :]
 
 

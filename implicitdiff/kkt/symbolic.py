@@ -123,17 +123,16 @@ class SymbolicKKT:
         return out
 
     def _schur_solve(self, rhs: Refs, prefix: int) -> tuple[Refs, Ref]:
-        """S^-1 rhs, the common factor divided out before and after."""
+        """S^-1 rhs; the common factor of S is divided out of the right-hand side, where it usually cancels."""
         build, route = self.build, self.route
         form = route.schur
         assert form is not None
         space = form.space
-        factor = lowering.factorised(build, self._schur_operator(form), route.schur_solver, "schur")
-        flat = lowering.solve(build, factor, lowering.pack(build, space, rhs, space.rows, prefix))
-        parts = lowering.unpack(build, space, flat, space.rows, [None] * len(space.names))
         inverse = [(ref, -power) for ref, power in route.common]
-        scaled = [build.mul([(p, 1.0), *inverse], 1.0 / route.common_coefficient) for p in parts]
-        return scaled, lowering.status_of(build, factor)
+        scaled = [build.mul([(r, 1.0), *inverse], 1.0 / route.common_coefficient) for r in rhs]
+        factor = lowering.factorised(build, self._schur_operator(form), route.schur_solver, "schur")
+        flat = lowering.solve(build, factor, lowering.pack(build, space, scaled, space.rows, prefix))
+        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), lowering.status_of(build, factor)
 
     def _schur_operator(self, form: Form) -> Ref:
         build, space = self.build, form.space
@@ -180,7 +179,8 @@ class SymbolicKKT:
         jacobian = jacobian_matrix(self.declared, space.columns)
         if self.route.name == "full":
             hessian = lowering.dense_matrix(build, self.route.hessian)
-            solver = call(build, "saddle.FullKKT({0}, {1})",
+            option = ", ldl=True" if self.route.solver == "ldl" else ""
+            solver = call(build, f"saddle.FullKKT({{0}}, {{1}}{option})",
                           [(hessian, hessian.labels, BATCHED), (jacobian, jacobian.labels, BATCHED)], (), BATCHED, "kkt")
         else:
             factor = lowering.factorised(

@@ -29,11 +29,11 @@ _FOUND: weakref.WeakKeyDictionary[Problem, OrderedDict[Hashable, Example]] = wea
 def solved_example(problem: Problem, bound: Bound) -> Example:
     """Structure, shapes and dtype of u, from what `solve` returns; asked once per signature.
 
-    Inside vmap or grad the first entry of each transformed axis stands for all. A batch of 0 samples is shown to `solve` as
-    it is.
+    Inside vmap or grad the first entry of each transformed axis stands for all. A batch of 0 samples is shown
+    to `solve` as it is.
 
-    Raises:
-        SolutionError: `solve` returned something else than tensors of the inputs' dtype, or the inputs have no data.
+    Raises: SolutionError: `solve` returned something else than tensors of the inputs' dtype, or the inputs
+        have no data.
     """
     with _LOCK:
         known = _FOUND.setdefault(problem, OrderedDict())
@@ -43,8 +43,8 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
     name = type(problem).__name__
     if any(is_fake(tensor) for tensor in (*bound.leaves, *bound.tensors)):
         raise SolutionError(
-            f"{name} declares no init, so the shape of u is known only after a solve, which needs data: declare init, or "
-            "call the layer once on real tensors of these shapes"
+            f"{name} declares no init, so the shape of u is known only after a solve, which needs data: "
+            "declare init, or call the layer once on real tensors of these shapes"
         )
     plain = problem
     leaves, tensors = tuple(map(first_entry, bound.leaves)), tuple(map(first_entry, bound.tensors))
@@ -57,8 +57,9 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
             if bound.batch:
                 raise
             raise SolutionError(
-                f"{name} declares no init, so the shape of u is known only after a solve, and solve failed on a batch of 0 "
-                f"samples ({type(error).__name__}): declare init, or call the layer once on a batch that is not empty"
+                f"{name} declares no init, so the shape of u is known only after a solve, and solve failed on "
+                f"a batch of 0 samples ({type(error).__name__}): declare init, or call the layer on a batch "
+                "that is not empty first"
             ) from error
     tree = found.u if isinstance(found, Solution) else found
     example = solution_example(problem, tree, bound)
@@ -67,4 +68,3 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
         while len(known) > REMEMBERED:
             known.popitem(last=False)
     return example
-

@@ -1,7 +1,7 @@
 """The problem's hand-written `vjp`, called on plain batched tensors, its answer checked.
 
-In: a problem, the structure of its inputs. Out: a function of (call, u, v, theta) for `autograd/hand.py`. Next:
-`layer/prepare.py`.
+In: a problem, the structure of its inputs. Out: a function of (call, u, v, theta) for `autograd/hand.py`.
+Next: `layer/prepare.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HandVjp = Callable[[Call, Leaves, Leaves, Leaves], tuple[Tensor | None, ...]]
 def hand_vjp(problem: Problem, bound: Bound, trace: Trace) -> HandVjp:
     """The hook as a function of leaves.
 
-    The result takes (call, u, v, theta) with leaves of the call's flags, and returns one gradient per theta, shared inputs
-    summed over the batch, None for the tensors of the problem and for what is not floating.
+    The result takes (call, u, v, theta) with leaves of the call's flags, and returns one gradient per theta,
+    shared inputs summed over the batch, None for the tensors of the problem and for what is not floating.
     """
     name = f"vjp of {type(problem).__name__}"
 
@@ -37,10 +37,14 @@ def hand_vjp(problem: Problem, bound: Bound, trace: Trace) -> HandVjp:
         count, last = len(bound.leaves), len(bound.leaves) + len(bound.tensors)
         flags = call.batched[:count]
         if any(call.batched[count:]):
-            raise ProblemDefinitionError(f"{name}: tensors of the problem differ between samples; use backward='auto'")
+            raise ProblemDefinitionError(
+                f"{name}: tensors of the problem differ between samples; use backward='auto'"
+            )
         plain = problem
         if any(is_wrapped(tensor) for tensor in bound.tensors):
-            plain = skeleton(problem, {id(a): b for a, b in zip(bound.tensors, theta[count:last], strict=True)})
+            plain = skeleton(
+                problem, {id(a): b for a, b in zip(bound.tensors, theta[count:last], strict=True)}
+            )
         inputs = replace(bound, leaves=theta[:count], batched=flags, batch=call.batch).expanded()
         with torch.no_grad():
             answer = plain.vjp(unflatten(u, trace.variable_spec), unflatten(v, trace.variable_spec), *inputs)
@@ -60,7 +64,9 @@ def _leaves(name: str, answer: object, inputs: tuple[object, ...]) -> list[objec
     """One gradient per leaf of the inputs, constants included."""
     grads = (answer,) if len(inputs) == 1 and not _is_single(answer) else answer
     if not isinstance(grads, tuple | list) or len(grads) != len(inputs):
-        raise ProblemDefinitionError(f"{name} returned {type(answer).__name__}; expected one gradient per input")
+        raise ProblemDefinitionError(
+            f"{name} returned {type(answer).__name__}; expected one gradient per input"
+        )
     found: list[object] = []
     for grad, value in zip(grads, inputs, strict=True):
         leaves, spec = flatten(value)
@@ -83,6 +89,8 @@ def _checked(name: str, label: str, grad: object, value: Tensor, batched: bool, 
     expected = tuple(value.shape) if batched else (batch, *value.shape)
     if not isinstance(grad, Tensor) or tuple(grad.shape) != expected:
         shown = tuple(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
-        raise ProblemDefinitionError(f"{name}: the gradient for {label} is {shown}, expected shape {expected}")
+        raise ProblemDefinitionError(
+            f"{name}: the gradient for {label} is {shown}, expected shape {expected}"
+        )
     grad = grad.to(value.dtype)
     return grad if batched else grad.sum(0)

@@ -1,7 +1,8 @@
-"""One call of a layer, prepared: options checked, inputs bound, the plan found, everything that autograd's function needs.
+"""One call of a layer, prepared: options checked, inputs bound, the plan found, everything that autograd's
+function needs.
 
-In: a problem, its inputs and the options. Out: a `Prepared`, which runs the call and puts the leaves back into the user's
-structures. Next: `autograd/implicit.py`, which it applies.
+In: a problem, its inputs and the options. Out: a `Prepared`, which runs the call and puts the leaves back
+into the user's structures. Next: `autograd/implicit.py`, which it applies.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from implicitdiff.errors import OptionError, ProblemDefinitionError, SolutionErr
 from implicitdiff.failures import validate_policy
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind, check_finite
+from implicitdiff.layer.discover import solved_example
+from implicitdiff.layer.hand import hand_vjp
 from implicitdiff.optimality import tolerance
 from implicitdiff.optimizers.forward import ForwardResult, solve_forward
 from implicitdiff.plan import Plan, check_options, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import flatten_like, unflatten
 from implicitdiff.records import open_records
-from implicitdiff.layer.hand import hand_vjp
-from implicitdiff.layer.discover import solved_example
 
 Leaves = tuple[Tensor, ...]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -50,12 +51,13 @@ class Options:
         tolerance(torch.float64, self.optimality_tol)
         if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):
             raise OptionError(
-                f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as Newton(), or None"
+                f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
+                "Newton(), or None"
             )
         if self.backward == "hand" and not problem.declares("vjp"):
             raise ProblemDefinitionError(
-                f"backward='hand' needs {type(problem).__name__} to declare vjp(self, u, v, *inputs); declare it or use "
-                "backward='auto'"
+                f"backward='hand' needs {type(problem).__name__} to declare vjp(self, u, v, *inputs); "
+                "declare it or use backward='auto'"
             )
 
     def shown(self) -> str:
@@ -122,13 +124,17 @@ class Prepared:
         )
 
     def run_forward(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
-        """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the batch)."""
+        """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the
+        batch).
+        """
         if not self.bound.checked:
             count = len(self.bound.leaves)
             check_finite(self.bound.names, theta[:count], call.batched[:count])
         options = self.options
         name = "auto" if options.backward == "approximate" else options.backward
-        plan = with_batched(self.forward_plan, call.batched, backward=name, linear_solver=options.linear_solver)
+        plan = with_batched(
+            self.forward_plan, call.batched, backward=name, linear_solver=options.linear_solver
+        )
         found = solve_forward(
             self.problem,
             plan,
@@ -183,8 +189,8 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
         options: checked options.
         init: the user's warm start, or None.
 
-    Returns:
-        The prepared call. Costs what binding costs; the plan comes from the cache after the first call of a signature.
+    Returns: The prepared call. Costs what binding costs; the plan comes from the cache after the first call
+        of a signature.
 
     Raises:
         InputError: something is wrong with an input.
@@ -198,7 +204,9 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
     example = variable_example(problem, bound) if problem.declares("init") else solved_example(problem, bound)
     start = None if init is None else _start(init, example, bound, type(problem).__name__)
     plan = _plan(problem, bound, example, options, options.backward)
-    forward_plan = plan if options.backward != "approximate" else _plan(problem, bound, example, options, "auto")
+    forward_plan = (
+        plan if options.backward != "approximate" else _plan(problem, bound, example, options, "auto")
+    )
     return Prepared(problem, bound, options, plan, forward_plan, plan.trace.theta(bound), start, restore)
 
 
@@ -209,14 +217,18 @@ def _plan(problem: Problem, bound: Bound, example: Example, options: Options, ba
 
 
 def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype | None]:
-    """Under autocast, floating inputs in float32 (float64 stays), and the dtype in which the caller expects u."""
+    """Under autocast, floating inputs in float32 (float64 stays), and the dtype in which the caller expects
+    u.
+    """
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors or not torch.is_autocast_enabled(tensors[0].device.type):
         return tuple(inputs), None
     low = [tensor.dtype in LOW_PRECISION for tensor in tensors]
     restore = tensors[0].dtype if all(low) and len({tensor.dtype for tensor in tensors}) == 1 else None
-    cast = [leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in LOW_PRECISION else leaf for leaf in leaves]
+    cast = [
+        leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in LOW_PRECISION else leaf for leaf in leaves
+    ]
     return tuple(torch.utils._pytree.tree_unflatten(cast, spec)), restore
 
 
@@ -239,8 +251,8 @@ def _refuse_parameters(problem: Problem, bound: Bound) -> None:
     for name, tensor in zip(bound.tensor_names, bound.tensors, strict=True):
         if tensor.requires_grad:
             raise ProblemDefinitionError(
-                f"backward='hand' gives gradients for the inputs only, but {name} of {type(problem).__name__} requires one: "
-                "use backward='auto', or freeze it with requires_grad_(False)"
+                f"backward='hand' gives gradients for the inputs only, but {name} of "
+                f"{type(problem).__name__} requires one: use backward='auto', or freeze it with requires_grad_(False)"
             )
 
 
@@ -261,5 +273,3 @@ def _filled(found: ForwardResult, on_failure: str) -> ForwardResult:
         found.residual,
         found.failed,
     )
-
-

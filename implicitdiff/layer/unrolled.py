@@ -1,6 +1,8 @@
-"""backward="unrolled": the solver itself is differentiated, no implicit function; for comparison with the implicit gradient.
+"""backward="unrolled": the solver itself is differentiated, no implicit function; for comparison with the
+implicit gradient.
 
-In: a prepared call. Out: its outputs, with the history of the iterations behind them. Next: nothing; autograd does the rest.
+In: a prepared call. Out: its outputs, with the history of the iterations behind them. Next: nothing; autograd
+does the rest.
 """
 
 from __future__ import annotations
@@ -24,20 +26,22 @@ from implicitdiff.torch_private import is_wrapped
 Leaves = tuple[Tensor, ...]
 
 STEPS = 20
-"""Newton steps that are unrolled when the problem has no differentiable `solve`, unless `optimizer` says otherwise."""
+"""Newton steps that are unrolled when the problem has no differentiable `solve`, unless `optimizer` says
+otherwise.
+"""
 HALVINGS = 12
 
 
 def run_unrolled(prepared: Prepared) -> Outputs:
     """Solve with the graph recorded.
 
-    The problem's `solve` is run with gradients enabled. Where it is not all torch (its result has no history though an
-    input needs a gradient, or torch refuses, as `.numpy()` does), a fixed number of Newton steps from `init` takes its
-    place, each built of differentiable parts.
+    The problem's `solve` is run with gradients enabled. Where it is not all torch (its result has no history
+    though an input needs a gradient, or torch refuses, as `.numpy()` does), a fixed number of Newton steps
+    from `init` takes its place, each built of differentiable parts.
 
-    Returns:
-        The outputs. The multipliers are differentiable after Newton steps, constants after a `solve`. Inside vmap or grad
-        the result is not checked for optimality (status OK, residual NaN), since values cannot be read there.
+    Returns: The outputs. The multipliers are differentiable after Newton steps, constants after a `solve`.
+        Inside vmap or grad the result is not checked for optimality (status OK, residual NaN), since values
+        cannot be read there.
 
     Raises:
         UnrollError: `solve` is not all torch and there is no `init` to start from.
@@ -57,7 +61,11 @@ def run_unrolled(prepared: Prepared) -> Outputs:
     if not prepared.problem.declares("init") and prepared.start is None:
         raise UnrollError(
             f"backward='unrolled': solve of {name} is not all torch"
-            + (f" ({type(reason).__name__}: {reason})" if reason else " (its result carries no gradient history)")
+            + (
+                f" ({type(reason).__name__}: {reason})"
+                if reason
+                else " (its result carries no gradient history)"
+            )
             + " and there is no init to unroll Newton's method from: declare init, or use backward='auto'"
         ) from reason
     steps = getattr(prepared.options.optimizer, "max_iter", None) or STEPS
@@ -88,7 +96,9 @@ def _start(prepared: Prepared) -> Leaves:
 
 
 def _newton(prepared: Prepared, steps: int) -> tuple[Leaves, Leaves]:
-    """`steps` Newton steps on F(u, lam) = (D_u L, -h), each shortened until |F| falls; the step lengths are constants."""
+    """`steps` Newton steps on F(u, lam) = (D_u L, -h), each shortened until |F| falls; the step lengths are
+    constants.
+    """
     call = prepared.call()
     u, theta = _start(prepared), prepared.theta
     equality = prepared.plan.trace.equality
@@ -133,12 +143,18 @@ def _judged(prepared: Prepared, u: Leaves, lam: Leaves | None, steps: int) -> Ou
     iterations = torch.full_like(status, steps, dtype=torch.int64)
     residual = torch.full_like(status, torch.nan, dtype=u[0].dtype)
     if any(is_wrapped(tensor) for tensor in (*u, *theta)):
-        shapes = () if lam is not None or prepared.plan.trace.equality is None else prepared.plan.trace.equality.output_shapes
-        return Outputs(u, lam or tuple(u[0].new_full((u[0].shape[0], *s), torch.nan) for s in shapes), status, iterations,
-                       residual)  # fmt: skip
+        shapes = (
+            ()
+            if lam is not None or prepared.plan.trace.equality is None
+            else prepared.plan.trace.equality.output_shapes
+        )
+        unknown = tuple(u[0].new_full((u[0].shape[0], *shape), torch.nan) for shape in shapes)
+        return Outputs(u, lam or unknown, status, iterations, residual)
     with torch.no_grad():
         plain_u, plain = tuple(leaf.detach() for leaf in u), tuple(tensor.detach() for tensor in theta)
-        constants = prepared.plan.multipliers(plain_u, plain) if lam is None else tuple(leaf.detach() for leaf in lam)
+        constants = (
+            prepared.plan.multipliers(plain_u, plain) if lam is None else tuple(leaf.detach() for leaf in lam)
+        )
         allowed = tolerance(u[0].dtype, options.optimality_tol)
         found = check(prepared.plan, plain_u, constants, plain, allowed)
         source = "the unrolled solve" if steps < 0 else f"{steps} unrolled Newton steps"

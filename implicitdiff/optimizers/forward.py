@@ -201,8 +201,10 @@ def _run_optimizer(
     u, lam = system.leaves(outcome.point.u, outcome.point.multipliers)
     found = check(plan, u, lam, theta, tol)
     stopped = found.status == int(Status.NOT_OPTIMAL)
-    found = replace(found, status=found.status.masked_fill(stopped, int(Status.NOT_CONVERGED)))
-    outside = ~outcome.point.finite & (outcome.iterations == 0)
+    status = found.status.masked_fill(stopped, int(Status.NOT_CONVERGED))
+    # An optimizer never moves to such a point, so it is the start: f may overflow where its gradient is 0.
+    outside = ~outcome.point.finite
+    found = replace(found, status=status.masked_fill(outside, int(Status.NONFINITE)))
     hint = (
         "the objective, a constraint or a derivative is not finite at the start"
         if bool(outside.any())

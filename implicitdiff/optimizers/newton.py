@@ -151,7 +151,11 @@ class Newton:
             # A sample that is optimal and gains nothing more is frozen at once; one that is stuck tries a
             # shorter, more damped step, as a trust region would.
             stuck = active & ~done & ~moved
-            shift = walk.shift / 10
+            # A shift that no longer bends the step is dropped, so that the plan solves with H itself again.
+            bends = walk.shift * largest(direction.w) > torch.finfo(walk.shift.dtype).eps * largest(
+                before.gradient
+            )
+            shift = torch.where(bends, walk.shift / 10, 0)
             if bool(stuck.any()):
                 more = torch.maximum(10 * walk.shift, 1.3e-3 * curvature_of(system, point))
                 shift = torch.where(stuck, more, shift)

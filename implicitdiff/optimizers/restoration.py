@@ -13,6 +13,7 @@ from implicitdiff.optimizers.iterate import Point, System, largest, unpack
 # for negative curvature: about the cost of one dense factorisation.
 _JACOBIAN_LIMIT = 1 << 25
 _HESSIAN_LIMIT = 512
+_HESSIAN_ENTRIES = 1 << 24
 _DIAGONAL_KINDS = ("zero", "scaled-identity", "diagonal")
 
 
@@ -130,9 +131,8 @@ def negative_curvature(system: System, point: Point, wanted: Tensor) -> tuple[Te
         wanted: Which samples to look at (B,).
 
     Returns:
-        (curvature (B,), direction (B, m) of unit length); 0 where there is none beyond rounding, or where it
-        was not looked
-        for: not wanted, m > 512 unless H is diagonal and definite, a kind without entries.
+        (curvature (B,), direction (B, m) of unit length); 0 where there is none beyond rounding, and where it
+        was not looked for: samples not wanted, a matrix-free H, m > 512 or B m^2 > 2^24 with H not diagonal.
     """
     none = torch.zeros_like(point.value), torch.zeros_like(point.u)
     variables, lam = system.leaves(point.u, point.multipliers)
@@ -147,7 +147,8 @@ def negative_curvature(system: System, point: Point, wanted: Tensor) -> tuple[Te
         if not system.constraints:
             direction = torch.nn.functional.one_hot(index, point.u.shape[1]).to(point.u.dtype)
             return torch.where(negative, lowest, 0), torch.where(negative[:, None], direction, 0)
-    if operator.kind == "matrix-free" or point.u.shape[1] > _HESSIAN_LIMIT:
+    batch, m = point.u.shape
+    if operator.kind == "matrix-free" or m > _HESSIAN_LIMIT or batch * m * m > _HESSIAN_ENTRIES:
         return none
     identity = torch.eye(point.u.shape[1], dtype=point.u.dtype, device=point.u.device)
     dense = torch.where(wanted[:, None, None], operator.to_dense(), identity)

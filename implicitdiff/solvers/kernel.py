@@ -22,7 +22,8 @@ class Kernel:
     def __init__(self, basis: Tensor) -> None:
         """Orthonormalise the columns of ``basis`` (m, q)."""
         if basis.shape[1] == 1:
-            self._basis = basis / torch.linalg.vector_norm(basis)
+            # A vector of zeros, as a restriction may be, stays one.
+            self._basis = basis / torch.linalg.vector_norm(basis).clamp(min=torch.finfo(basis.dtype).tiny)
         else:
             self._basis = torch.linalg.qr(basis)[0]
 

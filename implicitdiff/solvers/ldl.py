@@ -18,8 +18,9 @@ from implicitdiff.solvers.scaled import SymmetricallyScaledFactorization
 
 
 class LDLFactorization(SymmetricallyScaledFactorization):
-    """T A T = L D L' with 1 x 1 and 2 x 2 blocks in D, whose signs are those of the eigenvalues of A
-    (Sylvester).
+    """T A T = L D L' with 1 x 1 and 2 x 2 blocks in D.
+
+    The signs of the blocks' eigenvalues are those of the eigenvalues of A (Sylvester).
 
     Attributes:
         negative: (B,) int64, the number of negative eigenvalues: p for a regular KKT matrix at a strict
@@ -78,10 +79,10 @@ class LDL(LinearSolver):
         return dense_rejection(operator)
 
     def cost(self, operator: LinearOperator) -> Cost:
-        """1/3 m^3 flops to factor, 2 m^2 to solve; a scaled copy and the factor."""
+        """1/3 m^3 flops to factor, 12 m^2 to scale, 2 m^2 to solve; three m x m matrices."""
         size, item = operator.size, operator.dtype.itemsize
         entries = operator.batch * size * size
-        own = Cost(entries * (size + 9) // 3, 7 * entries * item, 2 * entries * item)
+        own = Cost(entries * (size + 42) // 3, 30 * entries * item, 3 * entries * item)
         return formation_cost(operator) + own
 
     def _factor(self, operator: LinearOperator) -> Factorization:

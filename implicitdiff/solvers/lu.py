@@ -44,10 +44,10 @@ class LU(LinearSolver):
         return dense_rejection(operator, symmetric=False)
 
     def cost(self, operator: LinearOperator) -> Cost:
-        """2/3 m^3 flops to factor, 2 m^2 to solve; a scaled copy and the factor."""
+        """2/3 m^3 flops to factor, 2 m^2 to solve; three m x m matrices for scaling and the factor."""
         size, item = operator.size, operator.dtype.itemsize
         entries = operator.batch * size * size
-        own = Cost(entries * (2 * size + 9) // 3, 7 * entries * item, 2 * entries * item)
+        own = Cost(entries * (2 * size + 9) // 3, 14 * entries * item, 3 * entries * item)
         return formation_cost(operator) + own
 
     def _factor(self, operator: LinearOperator) -> Factorization:

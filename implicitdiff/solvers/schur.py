@@ -44,8 +44,7 @@ class Split:
 
 
 def split_blocks(operator: Block) -> Split | None:
-    """Return the split whose eliminated side is the largest jointly diagonal one; None if no corner is
-    diagonal.
+    """Return the split that eliminates the largest jointly diagonal side, None if no corner is diagonal.
 
     Several corners are jointly diagonal when each is and no two are coupled. Of equally large sets the first
     in the order of the grid is taken, so that the choice is a function of the operator alone.

@@ -55,12 +55,11 @@ class WoodburyFactorization(Factorization):
 
     @cached_property
     def definite(self) -> Tensor | None:  # type: ignore[override]
-        """Whether A is positive definite, (B,); computed when first asked for, by the eigenvalues of a k x k
-        matrix.
+        """Whether A is positive definite, (B,); computed when first asked for, from a k x k matrix.
 
-        Haynsworth's inertia formula on [[D, U], [U', -C^-1]], scaled by |C|^1/2 so that zero weights may
-        stay: A has neg(D) + pos(J + |C|^1/2 U' D^-1 U |C|^1/2) - pos(J) negative eigenvalues, J = diag(sign
-        c), where the sign of 0 counts as +1.
+        Haynsworth's inertia formula on [[D, U], [U', -C^-1]], scaled by |C|^1/2 so that zero weights stay:
+        A has neg(D) + pos(J + |C|^1/2 U' D^-1 U |C|^1/2) - pos(J) negative eigenvalues, J = diag(sign c) with
+        +1 as the sign of 0.
         """
         operator = self._lifted
         if not operator.symmetric:
@@ -134,14 +133,14 @@ class Woodbury(LinearSolver):
         return None
 
     def cost(self, operator: LinearOperator) -> Cost:
-        """2 m k^2 + 2/3 k^3 flops to factor, 4 m k + 2 k^2 to solve; four k x k matrices and D^-1 V."""
+        """2 m k^2 + 2/3 k^3 flops to factor, 4 m k + 2 k^2 to solve; four k x k matrices, D^-1 V before."""
         assert isinstance(operator, LowRankPlusDiagonal)
         batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
         factor, small, vector = batch * size * rank, batch * rank * rank, batch * size
         scaled = factor if operator.diagonal.shape[1] > 1 else 0
         flops = factor * (2 * rank + 4) + scaled + small * (2 * rank + 9) // 3 + 4 * vector
         moved = 4 * factor + 2 * scaled + 12 * small + 8 * vector
-        return Cost(flops, moved * item, (scaled + 4 * small + 3 * vector) * item)
+        return Cost(flops, moved * item, (max(scaled + small, 4 * small) + 3 * vector) * item)
 
     def _factor(self, operator: LinearOperator) -> WoodburyFactorization:
         assert isinstance(operator, LowRankPlusDiagonal)

@@ -44,13 +44,14 @@ class StructuredPlan:
         dense: the plan that answers where this one must not.
     """
 
-    def __init__(self, trace: Trace, linear_solver: str, dense: AutodiffPlan) -> None:
+    def __init__(self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()) -> None:
         """Derives everything.
 
         Args:
             trace: the traced functions.
             linear_solver: the layer's option.
             dense: the plan to fall back on.
+            shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -70,7 +71,10 @@ class StructuredPlan:
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
         )
-        self.analysis: Analysis = report(self.declared, form, route, every.emitted.source)
+        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        wanted = tuple(a and b for a, b in zip(floating, [*shown, *floating[len(shown) :]], strict=True)) if shown else None
+        code = every if wanted is None or not any(wanted) else self._vjp(wanted, False, False)
+        self.analysis: Analysis = report(self.declared, form, route, code.emitted.source)
         self._contradiction: bool | None = None
 
     # ---------------------------------------------------------------- the point

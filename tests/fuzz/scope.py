@@ -140,7 +140,9 @@ class Scope:
 
     def _ones(self, shape: Shape, depth: int) -> str:
         x = self.data(shape, False, depth)
-        return f"({x} + torch.ones_like({x}))" if self.chance(0.6) else f"({x} * torch.full_like({x}, 0.7))"
+        forms = ["({0} + torch.ones_like({0}))", "({0} * torch.full_like({0}, 0.7))"]
+        forms += ["({0} - torch.sigmoid(torch.full_like({0}, 0.3)))", "({0} + torch.zeros_like({0}).cos())"]
+        return self.rng.choice(forms).format(x)
 
     def _eye(self, shape: Shape, depth: int) -> str:
         return f"({self.data(shape, False, depth)} + torch.eye({shape[0]}, dtype=torch.float64))"

@@ -23,6 +23,7 @@ from tests.fuzz.values import (
 )
 
 Tied = frozenset[Label]
+HOLE = "HOLE"  # stands for an expression while a recipe is written that two expressions go through
 
 
 def _some_affine(s: Scope, v: Value, keep_unit: bool = False) -> Value:
@@ -111,13 +112,28 @@ def coupled(s: Scope, u: Value, tied: Tied) -> str:
 
     Nothing tied: low rank plus diagonal. Some labels tied: blocks along them.
     """
-    v = _contracted(s, u, tied)
-    return weighted_total(s, pointwise(s, _small(s, v)))
+    return weighted_total(s, vector_of(s, u, tied))
 
 
 def vector_of(s: Scope, u: Value, tied: Tied) -> Value:
-    """As `coupled` before the last sum: a tensor, for constraints."""
-    return pointwise(s, _small(s, _contracted(s, u, tied)))
+    """As `coupled` before the last sum: a tensor, for constraints.
+
+    One contraction, or two that share all their axes: their Jacobians have the same labels and different
+    coefficients.
+    """
+    if s.chance(0.65):
+        return pointwise(s, _small(s, _contracted(s, u, tied)))
+    start = _prepared(s, u, tied)
+    recipe = _contract_all(s, Value(HOLE, start.shape, start.axes), u.labels - tied)
+    other = pointwise(s, start) if s.chance(0.5) else affine(s, affine(s, start))
+    a, b = (
+        s.let(_small(s, Value(recipe.text.replace(HOLE, s.let(v.text)), recipe.shape, recipe.axes)).text)
+        for v in (start, other)
+    )
+    if s.chance(0.5):
+        a = pointwise(s, Value(a, recipe.shape, recipe.axes)).text
+    text = s.rng.choice([f"({a} * {b})", f"({a} / (1.5 + {b} ** 2))", f"(0.5 * ({a} + {b}) ** 2)"])
+    return Value(text, recipe.shape, recipe.axes)
 
 
 def _small(s: Scope, v: Value) -> Value:
@@ -126,6 +142,18 @@ def _small(s: Scope, v: Value) -> Value:
 
 
 def _contracted(s: Scope, u: Value, tied: Tied) -> Value:
+    return _contract_all(s, _prepared(s, u, tied), u.labels - tied)
+
+
+def _contract_all(s: Scope, v: Value, labels: frozenset[Label]) -> Value:
+    """Every axis with one of `labels` contracted, in random order."""
+    while any(set(axis) & labels for axis in v.axes):
+        v = contract(s, v, s.rng.choice([k for k, axis in enumerate(v.axes) if set(axis) & labels]))
+    return v
+
+
+def _prepared(s: Scope, u: Value, tied: Tied) -> Value:
+    """An entrywise function of u and data, in some layout."""
     start = s.rng.choice(["plain", "shifted", "squared", "entrywise"])
     v = _start(s, u)
     v = lift(s, v) if s.chance(0.5) else v
@@ -138,14 +166,8 @@ def _contracted(s: Scope, u: Value, tied: Tied) -> Value:
     v = Value(s.let(v.text), v.shape, v.axes)
     s.pool.append(v)
     if not tied and s.chance(0.3):
-        v = view(s, v)  # axes may be merged freely, since all of u's are summed
-    elif s.chance(0.3):
-        v = view(s, v, mergeable=False)
-    open_labels = u.labels - tied
-    while any(set(axis) & open_labels for axis in v.axes):
-        axes = [k for k, axis in enumerate(v.axes) if set(axis) & open_labels]
-        v = contract(s, v, s.rng.choice(axes))
-    return v
+        return view(s, v)  # axes may be merged freely, since all of u's are summed
+    return view(s, v, mergeable=False) if s.chance(0.3) else v
 
 
 def normalised(s: Scope, u: Value, tied: Tied) -> str:
@@ -204,16 +226,24 @@ def product_of_sums(s: Scope, u: Value) -> str:
 
 
 def scaled_by_sum(s: Scope, u: Value) -> str:
-    """phi(u_i s(u)): every entry multiplied by a function of all of them."""
+    """phi(u_i s(u)) or phi(u_i - mean(u)): every entry next to a function of all of them."""
+    if s.chance(0.4):
+        mean = s.rng.choice([f"{u.text}.mean()", f"{u.text}.sum() / {math.prod(u.shape)}"])
+        return weighted_total(s, pointwise(s, Value(f"({u.text} - {mean})", u.shape, u.axes)))
     factor = s.let(f"torch.sigmoid({coupled(s, u, frozenset())})")
     return weighted_total(s, pointwise(s, Value(f"({u.text} * {factor})", u.shape, u.axes)))
 
 
 def gram(s: Scope, u: Value) -> str:
-    """phi(U U'): u on both sides of a matrix product."""
+    """phi(U U') or phi(U'Q U): u on both sides of a matrix product."""
     if len(u.shape) != 2:
         return product_of_sums(s, u)
-    t, n = s.let(u.text), u.shape[0]
+    t, (n, k) = s.let(u.text), u.shape
+    if s.chance(0.4):
+        Q = s.data((n, n))
+        return weighted_total(
+            s, pointwise(s, Value(f"(0.2 * ({t}.mT @ {Q} @ {t}))", (k, k), (("i",), ("j",))))
+        )
     return weighted_total(s, pointwise(s, Value(f"(0.2 * ({t} @ {t}.mT))", (n, n), (("i",), ("j",)))))
 
 

@@ -353,8 +353,6 @@ def test_wrong_number_of_inputs() -> None:
     M, r, c = instance(2, 3, 5)
     with pytest.raises(idf.InputError, match="5 inputs"):
         transport().solve(M, r, c, M[:, 0, 0], M)
-    with pytest.raises(idf.InputError, match="0 inputs"):
-        transport().solve()
 
 
 def test_wrong_shapes() -> None:

@@ -1,0 +1,185 @@
+"""Samples without a solution or without a derivative: what each policy makes of them."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.func import grad, jvp, vmap
+
+import implicitdiff as idf
+from implicitdiff.layer import DeclarativeLayer
+from tests.small_problems import draw
+
+backwards = pytest.mark.parametrize("backward", ["auto", "dense"])
+
+
+class Flat(idf.Problem):
+    """minimise (x_0 (u_0 - x_1))^2 + (u_1 - x_1)^2: where x_0 = 0, u_0 may be anything."""
+
+    def objective(self, u, x):
+        return (x[0] * (u[0] - x[1])) ** 2 + (u[1] - x[1]) ** 2
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+    def solve(self, x):
+        return x[:, 1:].detach().expand(-1, 2).clone()
+
+
+@backwards
+def test_a_solution_that_is_not_unique_has_no_derivative(backward: str) -> None:
+    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    layer = DeclarativeLayer(Flat(), backward=backward)
+    with pytest.raises(idf.SingularError, match="sample 1 of 2"):
+        layer(x).sum().backward()
+    # A sample that nobody asks about is no failure.
+    found = torch.autograd.grad(layer(x)[0].sum(), x)[0]
+    torch.testing.assert_close(found, torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64))
+
+
+@backwards
+@pytest.mark.parametrize(("policy", "value"), [("nan", torch.nan), ("zero", 0.0)])
+def test_a_singular_sample_under_the_policies_leaves_the_others_alone(
+    backward: str, policy: str, value: float
+) -> None:
+    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    layer = DeclarativeLayer(Flat(), backward=backward, on_failure=policy)
+    for create_graph in (False, True):
+        found = torch.autograd.grad(layer(x).sum(), x, create_graph=create_graph)[0].detach()
+        torch.testing.assert_close(found[0], torch.tensor([0.0, 2.0], dtype=torch.float64))
+        torch.testing.assert_close(found[1], torch.full((2,), value, dtype=torch.float64), equal_nan=True)
+
+
+@backwards
+def test_damping_is_announced_and_recorded(backward: str) -> None:
+    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    layer = DeclarativeLayer(Flat(), backward=backward, on_failure="damp")
+    with idf.records.record() as log:
+        u = layer(x)
+        with pytest.warns(idf.OptimalityWarning, match="sample 1 of 2"):
+            found = torch.autograd.grad(u.sum(), x)[0]
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(found[1], torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert [(event.kind, event.where, event.samples) for event in log] == [("DAMPED", "backward", (1,))]
+
+
+class Wrong(idf.Problem):
+    """A solve that is right but for samples with a negative first input, where it returns NaN or something
+    else.
+    """
+
+    def __init__(self, bad: float) -> None:
+        super().__init__()
+        self.bad = bad
+        self.weight = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def objective(self, u, x):
+        return self.weight * (u**2).sum() / 2 + (u**4).sum() / 4 - x @ u
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+    def solve(self, x):
+        u = torch.zeros_like(x)
+        for _ in range(60):
+            u = u - (self.weight * u + u**3 - x) / (self.weight + 3 * u**2)
+        return torch.where(x[:, :1] < 0, self.bad, u)
+
+
+@backwards
+@pytest.mark.parametrize("bad", [torch.nan, 5.0])
+@pytest.mark.parametrize(("policy", "value"), [("nan", torch.nan), ("zero", 0.0)])
+def test_failed_samples_under_the_policies(backward: str, bad: float, policy: str, value: float) -> None:
+    data = torch.tensor([[1.0, 0.5], [-1.0, 0.3], [0.4, 0.9]], dtype=torch.float64)
+    layer = DeclarativeLayer(Wrong(bad), backward=backward, on_failure=policy)
+    sound = DeclarativeLayer(Wrong(bad), backward=backward)
+    x, good = data.clone().requires_grad_(), data[[0, 2]].clone().requires_grad_()
+    expected = torch.autograd.grad((sound(good) ** 2).sum(), (good, sound.problem.weight))
+    u = layer(x)
+    assert (u[1].isnan() if policy == "nan" else u[1] == 0).all()
+    for create_graph in (False, True):
+        # All samples are asked for: the failed one is marked, the others are as if it were not there.
+        found = torch.autograd.grad((u**2).sum() + u.sum() * 0, (x, layer.problem.weight), retain_graph=True,
+                                    create_graph=create_graph)  # fmt: skip
+        torch.testing.assert_close(found[0][[0, 2]], expected[0])
+        if policy == "nan":
+            assert found[0][1].isnan().all()
+            assert found[1].isnan()
+        else:
+            assert (found[0][1] == 0).all()
+            torch.testing.assert_close(found[1], expected[1])
+        # The failed one is masked away by the caller: nothing of it is left.
+        masked = torch.autograd.grad((u[[0, 2]] ** 2).sum(), (x, layer.problem.weight), retain_graph=True,
+                                     create_graph=create_graph)  # fmt: skip
+        torch.testing.assert_close(masked[0][[0, 2]], expected[0])
+        assert (masked[0][1] == 0).all()
+        torch.testing.assert_close(masked[1], expected[1])
+    tangent = jvp(lambda x: layer(x), (data,), (torch.ones_like(data),))[1]
+    assert (tangent[1].isnan() if policy == "nan" else tangent[1] == 0).all()
+    torch.testing.assert_close(
+        tangent[[0, 2]], jvp(lambda x: sound(x), (data[[0, 2]],), (torch.ones(2, 2).double(),))[1]
+    )
+
+
+def test_all_samples_failed() -> None:
+    x = torch.tensor([[-1.0, 0.3]], dtype=torch.float64, requires_grad=True)
+    layer = DeclarativeLayer(Wrong(torch.nan), on_failure="zero")
+    found = torch.autograd.grad(layer(x).sum(), (x, layer.problem.weight))
+    assert (found[0] == 0).all()
+    assert found[1] == 0
+
+
+def test_failure_under_vmap_of_grad_has_a_name() -> None:
+    data = torch.tensor([[1.0, 0.5], [-1.0, 0.3]], dtype=torch.float64)
+    layer = DeclarativeLayer(Wrong(5.0), in_dims=None)
+    with pytest.raises(idf.NotOptimalError, match="sample 1 of 2"):
+        vmap(grad(lambda x: layer(x).sum()))(data)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_badly_scaled_systems_are_not_taken_for_singular(scale: float) -> None:
+    """H of size `scale` beside constraints of size 1."""
+
+    class Scaled(idf.Problem):
+        def objective(self, u, x):
+            return scale * ((u - x) ** 2).sum() / 2
+
+        def equality(self, u, x):
+            return u.sum() - x[0] ** 2
+
+        def init(self, x):
+            return x
+
+    x = draw(2, 3, seed=1)
+    layer = DeclarativeLayer(Scaled(), backward="dense")
+    found = torch.autograd.grad(layer(x)[:, 0].sum(), x)[0]
+    unit = torch.eye(3, dtype=torch.float64)[0]
+    expected = unit - 1 / 3 + 2 / 3 * x.detach()[:, :1] * unit
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_dependent_constraints_are_of_minimum_norm() -> None:
+    """r of a transport-like table with both marginals: (1, -1) is a null vector, the gradient is orthogonal
+    to it.
+    """
+
+    class Table(idf.Problem):
+        def objective(self, u, x, r, c):
+            return ((u - x) ** 2 / 2 + (u - x) ** 4).sum()
+
+        def equality(self, u, x, r, c):
+            return u.sum(1) - r, u.sum(0) - c
+
+        def init(self, x, r, c):
+            return r[:, None] * c
+
+    x = draw(2, 2, 3, seed=3, scale=0.1)
+    r = torch.tensor([[0.4, 0.6], [0.5, 0.5]], dtype=torch.float64, requires_grad=True)
+    c = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3]], dtype=torch.float64, requires_grad=True)
+    layer = DeclarativeLayer(Table(), backward="dense")
+    weight = draw(2, 2, 3, seed=5).detach()
+    for create_graph in (False, True):
+        found = torch.autograd.grad((layer(x, r, c) * weight).sum(), (r, c), create_graph=create_graph)
+        torch.testing.assert_close(found[0].sum(1), found[1].sum(1), rtol=1e-10, atol=1e-12)
+    assert gradcheck(
+        lambda x, r, c: layer(x, r / r.sum(1, True), c / c.sum(1, True)), (x, r, c), check_forward_ad=True
+    )
