@@ -19,6 +19,7 @@ from implicitdiff.errors import (
     NotOptimalError,
     OptimalityWarning,
     OptionError,
+    SingularError,
     SolutionError,
 )
 from implicitdiff.optimality import Check
@@ -29,6 +30,15 @@ OnFailure = Literal["raise", "warn", "nan", "zero", "damp"]
 ON_FAILURE: tuple[str, ...] = get_args(OnFailure)
 
 _ACCEPTED = (Status.OK, Status.WEAKLY_ACTIVE, Status.DAMPED)
+_GRAVEST_FIRST = (
+    Status.NONFINITE,
+    Status.INFEASIBLE,
+    Status.NOT_CONVERGED,
+    Status.NOT_OPTIMAL,
+    Status.SINGULAR,
+    Status.INDEFINITE,
+    Status.NOT_REGULAR,
+)
 _SAMPLES_NAMED = 8
 
 
@@ -70,16 +80,14 @@ def enforce(found: Check, on_failure: OnFailure, source: str, hint: str = "", st
     Raises:
         SolutionError: NONFINITE from a solve. ConvergenceError: NOT_CONVERGED, or NONFINITE from an
             optimizer.
-        InfeasibleError: INFEASIBLE. NotOptimalError: NOT_OPTIMAL and any other failure.
+        InfeasibleError: INFEASIBLE. SingularError: SINGULAR, which only a solve says. NotOptimalError: else.
     """
     bad = failed(found.status)
     if not bool(bad.any()):
         return found.status
     lines: list[tuple[Status, str]] = []
-    for kind in (Status.NONFINITE, Status.INFEASIBLE, Status.NOT_CONVERGED, Status.NOT_OPTIMAL):
+    for kind in _GRAVEST_FIRST:
         lines += _describe(found, found.status == int(kind), kind, source, hint)
-    known = torch.tensor([int(kind) for kind, _ in lines], dtype=torch.int8, device=bad.device)
-    lines += _describe(found, bad & ~torch.isin(found.status, known), Status.NOT_OPTIMAL, source, hint)
     message = "; and ".join(line for _, line in lines)
     if on_failure == "raise":
         raise _error(lines[0][0], source)(message)
@@ -153,4 +161,6 @@ def _error(kind: Status, source: str) -> type[ImplicitDiffError]:
         return SolutionError if source.startswith("solve") else ConvergenceError
     if kind == Status.INFEASIBLE:
         return InfeasibleError
+    if kind == Status.SINGULAR:
+        return SingularError
     return ConvergenceError if kind == Status.NOT_CONVERGED else NotOptimalError

@@ -62,17 +62,20 @@ def per_sample(name: str, stored: Tensor | None, given: Tensor | None, batch: in
     """The coefficient for a batch, as a tensor of shape () (shared) or (batch,).
 
     Raises:
-        InputError: If there is neither, its shape is wrong, or an entry is not positive and finite.
+        InputError: If there is neither, or its shape is wrong.
     """
     if given is not None and given.shape != (batch,):
         raise InputError(
             f"{name} as an input is one number per sample, so of shape ({batch},), not {tuple(given.shape)}"
         )
-    value = given if given is not None else resolve(name, stored, None).reshape(())
+    return given if given is not None else resolve(name, stored, None).reshape(())
+
+
+def require_positive(name: str, value: Tensor) -> None:
+    """Raise InputError, with the samples named, unless the values () or (batch,) are positive and finite."""
     wrong = ~((value > 0) & (value < math.inf))
     if bool(wrong.any()):
         raise InputError(f"{name} must be positive and finite{name_samples(wrong)}")
-    return value
 
 
 def name_samples(wrong: Tensor) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicitdiff import Problem, Solution, Status
 from implicitdiff.errors import InfeasibleError, InputError, SingularError
 
-from .coefficients import name_samples, per_sample, register, resolve
+from .coefficients import name_samples, per_sample, register, require_positive, resolve
 from .sinkhorn import Transport, transport
 
 
@@ -85,6 +85,7 @@ class OptimalTransport(Problem):
         """
         given_r, given_c, given_gamma = _told_apart(M, rest, axes=3)
         gamma = per_sample("gamma", self.gamma, given_gamma, M.shape[0])
+        require_positive("gamma", gamma)
         r, c = _marginals(M, given_r, given_c)
         if M.shape[0] == 0:
             return Solution(M.new_zeros(M.shape), (r, c), status=M.new_zeros(0, dtype=torch.int8))

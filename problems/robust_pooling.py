@@ -10,7 +10,7 @@ from torch import Tensor
 from implicitdiff import Problem, Solution, Status
 from implicitdiff.errors import InputError, SingularError
 
-from .coefficients import name_samples, per_sample, register, resolve
+from .coefficients import name_samples, per_sample, register, require_positive, resolve
 from .descent import Descent, descend
 from .penalties import PENALTIES, Penalty, Rho, find_penalty, slopes
 
@@ -68,7 +68,9 @@ class RobustPooling(Problem):
         and follow the lowest descent of each sample to its end.
         """
         _check_points(x, 3)
-        width = per_sample("alpha", self.alpha, alpha, x.shape[0])[..., None]
+        width = per_sample("alpha", self.alpha, alpha, x.shape[0])
+        require_positive("alpha", width)
+        width = width[..., None]
         if self.rho is PENALTIES["quadratic"].rho:
             return Solution(x.mean(2), status=x.new_zeros(x.shape[0], dtype=torch.int8))
         if x.shape[0] == 0:

@@ -165,7 +165,7 @@ class Small:
 def draw(*shape: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     """A float64 leaf that requires a gradient."""
     generator = torch.Generator().manual_seed(seed)
-    data = shift + scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    data = shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)
     return data.requires_grad_()
 
 

@@ -61,6 +61,15 @@ def test_cg_limit_and_tolerance() -> None:
     assert statuses(short) == [Status.OK, Status.OK]
 
 
+def test_cg_stops_at_negative_curvature() -> None:
+    factorization = SOLVERS["cg"].factor(
+        Dense(torch.diag_embed(torch.tensor([[1.0, -1.0, 3.0], [1.0, 2.0, 3.0]])))
+    )
+    factorization.solve(torch.tensor([[1.0, 2.0, 0.1], [0.0, 0.0, 0.0]]))
+    assert factorization.steps == 1
+    assert statuses(factorization) == [Status.NOT_CONVERGED, Status.OK]
+
+
 def test_cg_right_hand_sides_are_independent_and_may_be_tiny() -> None:
     operator, _ = BY_NAME["low rank"].build(Draw(3, dtype=torch.float32))
     rhs = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))

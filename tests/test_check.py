@@ -186,7 +186,7 @@ def test_dependent_constraints_that_are_not_proved_fail_licq():
     A = torch.cat([A, A.sum(1, keepdim=True)], 1)
     report = check(Repeated(), A, normal(2, 4))
     assert "LICQ" in failed(report)
-    assert "1 dependent rows" in verdicts(report)["LICQ"]
+    assert "1 dependent row, not proved" in verdicts(report)["LICQ"]
 
 
 class Shifted(Portfolio):

@@ -120,8 +120,7 @@ def test_the_cost_from_shapes_is_that_of_a_real_backward(problem, inputs):
     with torch.no_grad():
         solved = DeclarativeLayer(problem).solve(*inputs)
         lam = () if solved.equality_multipliers is None else tuple(solved.equality_multipliers)
-        needs = [tensor.is_floating_point() for tensor in planned.theta]
-        arguments = ((solved.u,), lam, planned.theta, (torch.ones_like(solved.u),), None, needs)
+        arguments = ((solved.u,), lam, planned.theta, (torch.ones_like(solved.u),), None, planned.needs)
         planned.plan.vjp(*arguments)  # the first call with data tests the structure once
         _, real = measure(planned.plan.vjp, *arguments)
     # Constants that live on the CPU are moved to the meta device, which is a copy of a few bytes more.
@@ -135,6 +134,16 @@ def test_cost_grows_with_the_batch_and_an_empty_one_costs_nothing():
     one, eight = (explain(Median(), torch.randn(batch, 6, 3)) for batch in (1, 8))
     assert one.flops * 8 == pytest.approx(eight.flops, rel=0.2)
     assert explain(Median(), torch.randn(0, 6, 3)).peak == 0
+
+
+def test_an_iterative_solver_is_counted_on_numbers(monkeypatch):
+    x = torch.randn(4, 6, 3)
+    direct = explain(Median(), x)
+    monkeypatch.setattr("implicitdiff.diagnostics.backward_cost.ITERATIVE", {direct.solver})
+    on_data, without = explain(Median(), x), explain(Median(), x.to("meta"))
+    assert "the given data, at the start point" in on_data.measured
+    assert "random data" in without.measured
+    assert direct.flops == on_data.flops == without.flops
 
 
 class Sorted(idf.Problem):

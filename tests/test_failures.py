@@ -14,6 +14,7 @@ from implicitdiff.errors import (
     NotOptimalError,
     OptimalityWarning,
     OptionError,
+    SingularError,
     SolutionError,
 )
 from implicitdiff.failures import ON_FAILURE, enforce, failed, name_samples, validate_policy
@@ -65,7 +66,8 @@ def test_the_line_names_samples_numbers_and_a_remedy() -> None:
         (Status.INFEASIBLE, "Newton", InfeasibleError),
         (Status.NONFINITE, "Newton", ConvergenceError),
         (Status.NONFINITE, "solve of P", SolutionError),
-        (Status.SINGULAR, "solve of P", NotOptimalError),
+        (Status.SINGULAR, "solve of P", SingularError),
+        (Status.INDEFINITE, "solve of P", NotOptimalError),
     ],
 )
 def test_each_status_has_its_error(status: Status, source: str, error: type[ImplicitDiffError]) -> None:
@@ -142,7 +144,7 @@ def test_a_hint_comes_first() -> None:
 
 def test_a_failure_that_only_solve_knows_of_is_said_to_be_so() -> None:
     check = found(Status.SINGULAR)
-    with pytest.raises(NotOptimalError, match=r"solve of P reports SINGULAR, though .* <= "):
+    with pytest.raises(SingularError, match=r"solve of P reports SINGULAR, though .* <= "):
         enforce(check, "raise", "solve of P")
 
 

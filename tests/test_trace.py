@@ -163,6 +163,8 @@ def test_operations_in_place_become_functional_and_keep_their_lines() -> None:
         lambda u, x: torch.stack([row * 2 for row in u]).square().sum() * x[0],
         lambda u, x: torch.logsumexp(u * x, 0) + torch.nn.functional.softplus(u).sum() + u.norm(),
         lambda u, x: torch.where(u > x, u**2, u.abs() * x).sum(),
+        lambda u, x: torch.tensordot(torch.outer(u, x)[None], u.exp(), ([2], [0])).square().sum(),
+        lambda u, x: (u * x).unsqueeze_(0).t_().squeeze_(1).transpose_(0, 0).exp().sum(),
         lambda u, x: torch.fft.rfft(u * x).abs().square().sum(),
         lambda u, x: COMPILED(u) * x.sum(),
     ],

@@ -79,17 +79,9 @@ def _run(
     outputs = () if plan.trace.equality is None else plan.trace.equality.output_shapes
     u = leaves(shapes, dtypes) if start is None else tuple(start)
     lam, v = leaves(outputs, [dtypes[0]] * len(outputs)), leaves(shapes, dtypes)
-    # every input, and the Parameters: a buffer never needs a gradient
-    inputs = len(planned.bound.leaves)
-    trained = [tensor.requires_grad for tensor in planned.bound.tensors]
-    needs = (
-        [t.is_floating_point() for t in theta[:inputs]]
-        + trained
-        + [False] * (len(theta) - inputs - len(trained))
-    )
     with torch.no_grad():
-        plan.vjp(u, lam, tuple(theta), v, None, needs)  # emits what is written on first use
-        _, found = measure(plan.vjp, u, lam, tuple(theta), v, None, needs)
+        plan.vjp(u, lam, tuple(theta), v, None, planned.needs)  # emits what is written on first use
+        _, found = measure(plan.vjp, u, lam, tuple(theta), v, None, planned.needs)
     return found
 
 

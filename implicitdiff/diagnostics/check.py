@@ -298,13 +298,19 @@ def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
         name = "LICQ"
         if not dependent:
             rows.lower(name, ratio, 1e-11)
-        elif dependent <= len(proved):
-            count = f"{dependent} dependent row{'s' if dependent > 1 else ''}, proved"
-            rows.upper(name, ratio, 1e-11, f"{count}: {'; '.join(proved)}")
+        elif proved:
+            # One sentence may stand for a whole block of rows, so they are not counted against each other.
+            rows.upper(name, ratio, 1e-11, f"{_dependent_rows(dependent)}, proved: {'; '.join(proved)}")
         else:
-            rows.lower(name, ratio, 1e-11, f"{dependent} dependent rows; gradients are of minimum norm")
+            rows.lower(
+                name, ratio, 1e-11, f"{_dependent_rows(dependent)}, not proved; gradients are of minimum norm"
+            )
     curvature = min(_curvature(sample.hessian, sample.jacobian) for sample in samples)
     rows.lower("second order", curvature, 1e-12)
+
+
+def _dependent_rows(count: int) -> str:
+    return f"{count} dependent row{'s' if count > 1 else ''}"
 
 
 def _curvature(hessian: Tensor, jacobian: Tensor) -> float:

@@ -26,6 +26,7 @@ from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree
 
+_WRONG = 1e-2
 _SLOW_TOTAL = 20.0  # seconds that one backward may take over all rounds
 _SLOW = 10.0  # seconds: above this the counted pass is also the one reading
 _FAST = 2e-3  # seconds: a shorter call is repeated until a reading takes about that long
@@ -46,7 +47,8 @@ class Row:
         flops: Floating point operations.
         note: What there is to say: why it did not run, what its gradient leaves out.
         rounds: Rounds it was timed in.
-        exact: Whether the error is that of rounding (True without a reference).
+        exact: Whether the error is below 1 %, which tells another formula from a loss of digits (True without
+            a reference).
         setting: (name, value) of a sweep.
     """
 
@@ -271,9 +273,8 @@ def _described(
         tested.append(right if skipped else torch.zeros_like(right) if gradient is None else gradient)
         exact.append(right)
     error = relative_error(tested, exact, truth.null)
-    dtype = next((leaf.dtype for leaf in leaves), torch.get_default_dtype())
     note = "its gradient leaves out an input that the problem's vjp has none for" if left_out else ""
-    return replace(row, error=error, exact=error < torch.finfo(dtype).eps ** 0.5 * 10, note=note)
+    return replace(row, error=error, exact=error < _WRONG, note=note)
 
 
 def _given_by_hand(setup: _Setup) -> list[bool]:

@@ -57,7 +57,7 @@ class Explanation:
         fallbacks: (operation, line, reason) of each step down to something slower and equally exact.
         flops, bytes, peak: Floating point operations, bytes moved and peak bytes of one backward pass for the
         whole batch,
-            with gradients for all floating inputs.
+            with gradients for all floating inputs and Parameters.
         measured: How these three were obtained.
         code: The emitted backward pass as Python text; "" where none is emitted.
     """

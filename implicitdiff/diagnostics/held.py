@@ -35,6 +35,13 @@ class Planned:
     bound: Bound
     theta: tuple[Tensor, ...]
 
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        """Which theta get a gradient: floating inputs, and what of the problem requires one; no buffers."""
+        asked = [tensor.is_floating_point() for tensor in self.bound.leaves]
+        trained = [tensor.requires_grad for tensor in self.theta[len(asked) :]]
+        return (*asked, *trained)
+
 
 def plan_of(problem: Problem, inputs: Sequence[Any], in_dims: Any, backward: str = "auto") -> Planned:
     """Bind the inputs and derive the plan; nothing is solved.

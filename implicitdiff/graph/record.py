@@ -49,6 +49,16 @@ _DEVICES = ("FakeTensor Device Propagation", "Expected all tensors to be on the 
 
 REPEATS = 20
 
+aten = torch.ops.aten
+_RESHAPES = {
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.t_.default: aten.t.default,
+}
+
 Check = Callable[[Any], list[torch.Tensor]]
 
 
@@ -203,11 +213,13 @@ def _run(
             compiled_functions_inlined(),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
-            return make_fx(target, tracing_mode="real")(*arguments.fakes())
+            raw = make_fx(target, tracing_mode="real")(*arguments.fakes())
     except ImplicitDiffError:
         raise
     except Exception as error:
         raise explain(name, arguments, error) from error
+    _spell_out_reshapes(raw.graph)
+    return raw
 
 
 def explain(name: str, arguments: Arguments, error: Exception) -> ImplicitDiffError:
@@ -271,15 +283,20 @@ def _same_constant(a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-# Functionalisation leaves these: they change the shape of their own intermediate result, and no number.
-_RESHAPES_ITSELF = ("aten::squeeze_", "aten::unsqueeze_", "aten::transpose_", "aten::t_")
+def _spell_out_reshapes(graph: torch.fx.Graph) -> None:
+    """Write operations that reshape their own argument as the ones that return a view.
+
+    einsum and tensordot use them inside. No number changes, and whoever reads the tensor afterwards already
+    reads the result's node, so that the name is all there is to change.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _RESHAPES:
+            node.target = _RESHAPES[node.target]
 
 
 def _writes(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or schema.name in _RESHAPES_ITSELF:
-        return False
-    return bool(schema.is_mutable)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def _refuse_lasting_writes(

@@ -23,7 +23,7 @@ def flat_text(sizes: Sequence[Sequence[int]]) -> str:
     for k, axes in enumerate(sizes):
         end = {0: "[..., None]", 1: ""}.get(len(axes), f".flatten(-{len(axes)})")
         parts.append(f"{{{k}}}{end}")
-    return parts[0] if len(parts) == 1 else f"torch.cat(({', '.join(parts)}), -1)"
+    return parts[0] if len(parts) == 1 else f"saddle.beside({', '.join(parts)})"
 
 
 def pack(build: Builder, space: Space, refs: Sequence[Ref], side: Sequence[Sequence[Label]], prefix: int) -> Ref:

@@ -124,6 +124,6 @@ class FullKKT:
 
 
 def beside(*tensors: Tensor) -> Tensor:
-    """Tensors joined along the last axis, batch axes broadcast."""
-    batch = max(t.shape[0] for t in tensors)
-    return torch.cat([t.expand(batch, *t.shape[1:]) for t in tensors], dim=-1)
+    """Tensors joined along the last axis, the leading axes broadcast."""
+    lead = torch.broadcast_shapes(*(t.shape[:-1] for t in tensors))
+    return torch.cat([t.expand(*lead, t.shape[-1]) for t in tensors], dim=-1)

@@ -57,7 +57,7 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
             if bound.batch:
                 raise
             raise SolutionError(
-                f"{name} declares no init, so the shape of u is known only after a solve, and solve failed on "
+                f"{name} declares no init, so the shape of u is known only after a solve, and solve fails on "
                 f"a batch of 0 samples ({type(error).__name__}): declare init, or call the layer on a batch "
                 "that is not empty first"
             ) from error

@@ -15,6 +15,7 @@ from implicitdiff.errors import SolutionError
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Solution
 from implicitdiff.pytrees import flatten_like, leaf_names, unflatten
+from implicitdiff.status import Status
 
 Leaves = tuple[Tensor, ...]
 
@@ -60,6 +61,8 @@ def checked_solution(what: str, plan: Plan, found: Any, batch: int, device: torc
             for name, leaf, shape in zip(names, tree, shapes, strict=True)
         )
     status = _per_sample(what, "status", solution.status, batch, device)
+    if status is not None and not bool(((status >= 0) & (status < len(Status))).all()):
+        raise SolutionError(f"{what}: status holds {status.tolist()}, expected values of implicitdiff.Status")
     iterations = _per_sample(what, "iterations", solution.iterations, batch, device)
     return Proposal(
         u,

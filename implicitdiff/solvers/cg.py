@@ -148,14 +148,13 @@ class ConjugateGradientsFactorization(Factorization):
             ratio = torch.linalg.vector_norm(image, dim=-1) / torch.linalg.vector_norm(direction, dim=-1)
             growth = torch.where(active, torch.maximum(growth, ratio), growth)
             length = torch.where(active, product / curvature, 0.0)[..., None]
-            # A finished right-hand side keeps its numbers, whatever its image contains.
-            image = torch.where(active[..., None], image, 0.0)
             solution += length * direction
             residual -= length * image
             active = active & (torch.linalg.vector_norm(residual, dim=-1) > stop)
             scaled = residual * self._preconditioner
             new = (residual * scaled).sum(-1)
             turn = torch.where(active, new / product, 0.0)[..., None]
+            # A finished right-hand side goes nowhere, even if its image contained NaN.
             direction = torch.where(active[..., None], scaled + turn * direction, 0.0)
             product = new
             self.steps += 1

@@ -10,13 +10,18 @@ from implicitdiff.graph.ir import Ref
 
 
 def cancelling(build: Builder, ref: Ref) -> list[Ref]:
-    """The summands of `ref`, one level of additions and sums deep."""
+    """The summands of `ref`: of an addition, of a sum's entries, and of one addition that is a factor in them."""
     if ref.node.op == "add":
-        constant, coefficients = ref.node.data  # type: ignore[misc]
-        args, _ = build.open(ref)
-        terms = [build.scale(c, a) for c, a in zip(coefficients, args, strict=True)]
-        return [t for term in terms for t in _inside(build, term)] + ([build.number(constant)] if constant else [])
+        return [t for term in _terms(build, ref) for t in _inside(build, term)]
     return _inside(build, ref)
+
+
+def _terms(build: Builder, ref: Ref) -> list[Ref]:
+    """The terms of an addition, its constant last."""
+    constant, coefficients = ref.node.data  # type: ignore[misc]
+    args, _ = build.open(ref)
+    terms = [build.scale(c, a) for c, a in zip(coefficients, args, strict=True)]
+    return [*terms, build.number(constant)] if constant else terms
 
 
 def _inside(build: Builder, ref: Ref) -> list[Ref]:
@@ -24,14 +29,23 @@ def _inside(build: Builder, ref: Ref) -> list[Ref]:
     coefficient, factors = build.split(ref)
     sums = [f for f in factors if f[0].node.op == "con" and f[1] == 1.0 and not f[0].node.data]
     if len(sums) != 1:
-        return [ref]
+        return _distributed(build, ref)
     (body,), _ = build.open(sums[0][0])
     rest = [f for f in factors if f is not sums[0]]
     widest = max(_entries(build, [r]) for r, _ in build.split(body)[1] or [(body, 1.0)])
-    whole = [body, *(r for r, _ in rest)]
-    if _entries(build, whole) > widest:
+    if _entries(build, [body, *(r for r, _ in rest)]) > widest:
         return [ref]
-    return [build.mul([*rest, (body, 1.0)], coefficient)]
+    return _distributed(build, build.mul([*rest, (body, 1.0)], coefficient))
+
+
+def _distributed(build: Builder, ref: Ref) -> list[Ref]:
+    """2 (u - x) as 2 u and -2 x: the first addition among the factors multiplied out."""
+    coefficient, factors = build.split(ref)
+    for k, (factor, power) in enumerate(factors):
+        if factor.node.op == "add" and power == 1.0:
+            rest = [f for j, f in enumerate(factors) if j != k]
+            return [build.mul([*rest, (term, 1.0)], coefficient) for term in _terms(build, factor)]
+    return [ref]
 
 
 def _entries(build: Builder, refs: list[Ref]) -> int:

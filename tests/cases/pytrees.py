@@ -20,6 +20,17 @@ class PairOfVectors(idf.Problem):
         return torch.zeros_like(x), torch.zeros_like(y)
 
 
+class SharedCurvature(idf.Problem):
+    """minimise over (a, b)  sum x_i a_i^2 / 2 - 1'a + y b^2 + (1'a) b / 8,  x (m,), y and b numbers."""
+
+    def objective(self, u: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        a, b = u
+        return (0.5 * x * a * a - a).sum() + y * b**2 + a.sum() * b / 8
+
+    def init(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(y)
+
+
 class AffineClassifier(idf.Problem):
     """Logistic regression with a bias:  {"weight": w (m,), "bias": b ()},  inputs {"X": (n, m), "y": (n,)},
     mu ().
@@ -104,6 +115,15 @@ CASES = (
         sizes=((3, 2), (2, 2), (1, 2), (1, 1)),
         hessian="block",
         notes="two vectors coupled by a product of their sums",
+    ),
+    Case(
+        name="tuple-variable-shared",
+        make_problem=SharedCurvature,
+        inputs=lambda draw, sizes: (draw.positive(*sizes), draw.shared_positive()),
+        in_dims=(0, None),
+        sizes=((3,), (1,)),
+        hessian="block",
+        notes="one variable's curvature depends on a shared input alone, next to a batched one",
     ),
     Case(
         name="dict-variable",

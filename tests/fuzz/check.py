@@ -156,6 +156,8 @@ def _errors(
 ) -> dict[str, float]:
     theta = tuple(x.detach() for x in plan.trace.theta(bound))  # plans are called with plain tensors
     u, lam = point.u, point.lam
+    arguments = [*u, *lam, *theta, *point.v, *point.v_lam]
+    before = [x.clone() for x in arguments]
     state = plan.stationarity(u, lam, theta)
     H, A = plan.hessian(u, lam, theta).to_dense(), plan.constraint_jacobian(u, theta)
     errors = {
@@ -175,7 +177,9 @@ def _errors(
         flat = [point.flat(leaves, b) for b in range(point.batch)]
         errors[name] = max(relative_error(f, e) for f, e in zip(flat, expected, strict=True))
     errors |= _solve_errors(program, point, plan, theta, samples)
-    return errors | _gradient_errors(program, point, plan, theta)
+    errors |= _gradient_errors(program, point, plan, theta)
+    changed = [not torch.equal(a, b) for a, b in zip(arguments, before, strict=True)]
+    return errors | {"arguments written to": float(sum(changed))}
 
 
 def _solve_errors(
@@ -214,7 +218,7 @@ def _gradient_errors(program: Program, point: Point, plan: Plan, theta: Sequence
         runs["vjp with multipliers"] = (point.v_lam, [True] * len(theta))
     errors = {}
     for run, (v_lam, needs) in runs.items():
-        gradients, status = plan.vjp(u_leaves(point), point.lam, tuple(theta), point.v, v_lam, needs)
+        gradients, status = plan.vjp(point.u, point.lam, tuple(theta), point.v, v_lam, needs)
         expected = dense_vjp_at(
             problem, u, list(point.lam), point.v, point.inputs, point.in_dims,
             None if v_lam is None else list(v_lam),
@@ -231,8 +235,3 @@ def _gradient_errors(program: Program, point: Point, plan: Plan, theta: Sequence
             pairs = [(by_name[name], e) for name, e in zip(order, expected, strict=True)]
             errors[run] = max((relative_error(a, e) for a, e in pairs if a is not None), default=0.0)
     return errors
-
-
-def u_leaves(point: Point) -> tuple[Tensor, ...]:
-    """Fresh copies, since a plan's vjp may write into its own buffers but never into these."""
-    return tuple(leaf.clone() for leaf in point.u)

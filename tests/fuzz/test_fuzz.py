@@ -1,8 +1,8 @@
-"""200 random programs against the dense formula, in several processes; and the generator and the checker
-themselves.
+"""200 random programs against the dense formula, in several processes; and tests of the generator and the
+check.
 
-A failure prints the program as a class to paste, and its seed:
-`generate(random.Random(seed))` makes it again, `check(program)` runs it.
+A failure prints the program as a class to paste, and its seed: `generate(random.Random(seed))` makes it
+again, `check(program)` runs it.
 """
 
 import json
@@ -94,6 +94,7 @@ def campaign() -> Campaign:
     return campaign
 
 
+@pytest.mark.slow
 def test_enough_programs_are_checked(campaign: Campaign) -> None:
     assert len(campaign.checked) >= WANTED, campaign.table()
     counts = Counter(o.planted for o in campaign.checked.values())
@@ -102,28 +103,33 @@ def test_enough_programs_are_checked(campaign: Campaign) -> None:
     assert min(kinds[k] for k in ("none", "linear", "nonlinear", "dependent")) >= 10, kinds
 
 
+@pytest.mark.slow
 def test_no_program_differs_from_the_dense_formula(campaign: Campaign) -> None:
     wrong = [seed for seed, outcome in campaign.checked.items() if outcome.wrong]
     assert not wrong, campaign.show(wrong)
 
 
+@pytest.mark.slow
 def test_planted_structure_is_found(campaign: Campaign) -> None:
     promised = {s: o for s, o in campaign.checked.items() if o.planted != "dense"}
     missed = [seed for seed, outcome in promised.items() if not outcome.structure_found]
     assert len(missed) <= 0.05 * len(promised), f"{campaign.table()}\n{campaign.show(missed)}"
 
 
+@pytest.mark.slow
 def test_few_programs_fall_back(campaign: Campaign) -> None:
     fell = [seed for seed, outcome in campaign.checked.items() if outcome.fallbacks or outcome.crash]
     assert len(fell) <= 0.15 * len(campaign.checked), f"{campaign.table()}\n{campaign.show(fell)}"
 
 
+@pytest.mark.slow
 def test_every_rule_file_is_hit(campaign: Campaign) -> None:
     files = {path.stem for path in (ROOT / "implicitdiff" / "graph" / "rules").glob("*.py")} - {"__init__"}
     assert set(campaign.rules) == files
     assert min(campaign.rules.values()) > 0, campaign.rules
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_same_plans() -> None:
     """A plan is a pure function of the program: no order of a set, no address may show in it."""
     first, second = (
@@ -134,6 +140,7 @@ def test_two_processes_print_the_same_plans() -> None:
     assert sum(bool(code.strip()) for code in first.values()) >= 20, "hardly any plan has code to compare"
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False))
 def test_shrinking_search(rng: random.Random) -> None:

@@ -8,12 +8,14 @@ import dataclasses
 import json
 import random
 import sys
+import warnings
 from collections import Counter
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten
 
+from implicitdiff import StructureMismatchWarning
 from implicitdiff.graph.translate import RULES
 from implicitdiff.inputs import bind
 from implicitdiff.plan import plan_for
@@ -53,6 +55,8 @@ def code_of(program: Program) -> str:
 
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
+    # a structure that the probe contradicts is a wrong proof, not something to fall back from
+    warnings.simplefilter("error", StructureMismatchWarning)
     first, count = map(int, arguments[-2:])
     if arguments[0] == "--code":
         print(json.dumps({seed: code_of(program) for seed, program in programs(first, count)}))

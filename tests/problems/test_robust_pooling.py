@@ -157,6 +157,24 @@ def test_welsch_finds_the_larger_of_two_clusters() -> None:
     torch.testing.assert_close(u, x[:, :, 12:].mean(2), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("name", NON_CONVEX)
+def test_features_of_a_network_are_pooled_to_a_minimum(name: str) -> None:
+    # Points on a surface of few dimensions: H is indefinite over long flat stretches, where reweighted means
+    # advance by a thousandth of the distance a step.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(32, 2, generator=generator), torch.randn(32, 32, generator=generator) / 32**0.5
+    points_in_plane = torch.randn(64, 2, 64, generator=generator)
+    features = (weights[1] @ (weights[0] @ points_in_plane).relu()).relu()
+    spread = float(features.std(2).mean())
+    for width in (0.7, 1.5, 2.0, 2.5, 3.0, 4.0):
+        problem = RobustPooling(name, alpha=width * spread)
+        solution = problem.solve(features)
+        assert not solution.status.any()
+        hessian = torch.func.vmap(torch.func.hessian(problem.objective))(solution.u, features)
+        values = torch.linalg.eigvalsh(hessian)
+        assert (values.amin(1) > -1e-4 * values.amax(1)).all()
+
+
 def test_weights_that_underflow_leave_a_minimum() -> None:
     # With standard normal points in R^128 and alpha = 1 every exp(-|u - x_j|^2 / 2) away from a point is 0.
     x = torch.randn(2, 128, 64, generator=torch.Generator().manual_seed(0))
