@@ -181,5 +181,8 @@ def test_gradients_of_dependent_constraints_are_of_minimum_norm() -> None:
         found = torch.autograd.grad((layer(x, r, c) * weight).sum(), (r, c), create_graph=create_graph)
         torch.testing.assert_close(found[0].sum(1), found[1].sum(1), rtol=1e-10, atol=1e-12)
     assert gradcheck(
-        lambda x, r, c: layer(x, r / r.sum(1, True), c / c.sum(1, True)), (x, r, c), check_forward_ad=True
+        lambda x, r, c: layer(x, r / r.sum(1, True), c / c.sum(1, True)),
+        (x, r, c),
+        check_forward_ad=True,
+        fast_mode=True,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import implicitdiff as idf
+from implicitdiff import problems
 from implicitdiff.diagnostics import measure
 from implicitdiff.inputs import bind
 from implicitdiff.plan import plan_for
@@ -278,8 +279,8 @@ def test_transport_gradients_modulo_the_null_space() -> None:
 def test_every_exported_problem_has_a_row() -> None:
     built_ins = {
         name
-        for name in idf.problems.__all__
-        if isinstance(thing := getattr(idf.problems, name), type) and issubclass(thing, idf.Problem)
+        for name in problems.__all__
+        if isinstance(thing := getattr(problems, name), type) and issubclass(thing, idf.Problem)
     }
     declared = {type(case.problem()).__name__ for case in CASES}
     assert built_ins <= declared

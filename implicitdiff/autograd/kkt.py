@@ -62,7 +62,7 @@ class KKTSolve(torch.autograd.Function):
         return through_func(lambda *given: _backward(ctx, *given), cotangents)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """z' = K^-1 (r' - K' z)."""
         return through_func(lambda *given: _jvp(ctx, *given), tangents)
 

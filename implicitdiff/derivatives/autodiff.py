@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicitdiff.derivatives import flat
 from implicitdiff.derivatives.kkt import solve_symmetric
-from implicitdiff.derivatives.lagrangian import Lagrangian, Leaves
+from implicitdiff.derivatives.lagrangian import Lagrangian, Leaves, pullback
 from implicitdiff.derivatives.stationarity import Stationarity
 from implicitdiff.graph.trace import Trace
 from implicitdiff.operators import Dense, LinearOperator
@@ -62,25 +62,22 @@ class AutodiffPlan:
         other. For h likewise: the larger of |A d|_inf and |A |u||_inf. A u that is 0 altogether counts as
         sqrt(eps) times the largest input, so that a minimum at 0 found up to rounding is a minimum.
         """
-        gradient, pull = torch.func.vjp(lambda *v: self.lagrangian.gradient(v, lam, theta), *u)
+        gradient, pull = pullback(lambda *v: self.lagrangian.gradient(v, lam, theta), u)
         steps = self._steps(u, theta)
         signed = tuple(step * _signs(step) for step in steps)
         scale = _largest(pull(signed))
         if not self.constraint_shapes:
             return Stationarity(gradient, scale, (), torch.zeros_like(scale))
-        constraint, pull_constraint = torch.func.vjp(lambda *v: self.lagrangian.constraints(v, theta), *u)
+        constraint, pull_constraint = pullback(lambda *v: self.lagrangian.constraints(v, theta), u)
         pulled = pull_constraint(lam)
         slope = tuple(g + a for g, a in zip(gradient, pulled, strict=True))
         scale = torch.stack([scale, _largest(slope), _largest(pulled)]).amax(0)
-        pushed = [self._push(u, theta, direction) for direction in (signed, steps)]
+        # A d by transposing the pullback s -> A's once more.
+        zeros = tuple(torch.zeros_like(leaf) for leaf in constraint)
+        _, push = pullback(lambda *s: self.lagrangian.constraint_pullback(u, theta, s), zeros)
+        pushed = [push(direction) for direction in (signed, steps)]
         constraint_scale = torch.stack([_largest(leaves) for leaves in pushed]).amax(0)
         return Stationarity(gradient, scale, constraint, constraint_scale)
-
-    def _push(self, u: Leaves, theta: Leaves, direction: Leaves) -> Leaves:
-        """A d, by transposing A's twice: leaves like h."""
-        zeros = tuple(torch.zeros_like(leaf) for leaf in self.lagrangian.constraints(u, theta))
-        _, transpose = torch.func.vjp(lambda *s: self.lagrangian.constraint_pullback(u, theta, s), *zeros)
-        return transpose(direction)
 
     def _steps(self, u: Leaves, theta: Leaves) -> Leaves:
         batch = u[0].shape[0]
@@ -118,12 +115,12 @@ class AutodiffPlan:
         batch = u[0].shape[0]
         if not self.constraint_shapes:
             return u[0].new_zeros((batch, 0, self.size))
-        _, pull = torch.func.vjp(lambda *v: self.lagrangian.constraints(v, theta), *u)
+        _, pull = pullback(lambda *v: self.lagrangian.constraints(v, theta), u)
         return self._rows(pull, self.constraint_shapes, u, theta)
 
     def hessian_matrix(self, u: Leaves, lam: Leaves, theta: Leaves) -> Tensor:
         """H = D_uu L, (B, m, m), symmetrised."""
-        _, pull = torch.func.vjp(lambda *v: self.lagrangian.gradient(v, lam, theta), *u)
+        _, pull = pullback(lambda *v: self.lagrangian.gradient(v, lam, theta), u)
         rows = self._rows(pull, self.variable_shapes, u, theta)
         return (rows + rows.mT) / 2
 

@@ -186,6 +186,12 @@ def sum_of_products(left: Given, right: Given) -> Tensor:
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
+def pullback(function: Callable[..., Any], at: Given) -> tuple[Any, Callable[..., Leaves]]:
+    """function(*at), and the map from cotangents of its value to cotangents of `at`."""
+    result: Any = torch.func.vjp(function, *at)
+    return result[0], result[1]
+
+
 def _gradient(function: Callable[..., Tensor], at: Given) -> Leaves:
     """The gradient of a scalar function of all leaves `at` (a function that does not depend on one gives
     zeros).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from implicitdiff.derivatives import flat
 from implicitdiff.derivatives.autodiff import AutodiffPlan
-from implicitdiff.derivatives.lagrangian import Leaves
+from implicitdiff.derivatives.lagrangian import Leaves, pullback
 from implicitdiff.operators import LinearOperator, MatrixFree
 from implicitdiff.status import Status
 
@@ -39,7 +39,7 @@ class MatrixFreePlan(AutodiffPlan):
             h = self.lagrangian.constraints(point[:count], theta)
             return (*self.lagrangian.gradient(point[:count], point[count:], theta), *(-leaf for leaf in h))
 
-        _, pull = torch.func.vjp(residual, *u, *lam)
+        _, pull = pullback(residual, (*u, *lam))
 
         def product(z: Tensor) -> Tensor:
             moved = flat.join(torch.func.vmap(pull)(flat.split(z, shapes)), 2)
@@ -66,8 +66,8 @@ class MatrixFreePlan(AutodiffPlan):
         zeros = tuple(
             leaf.new_zeros((leaf.shape[0], *shape)) for leaf in u[:1] for shape in self.constraint_shapes
         )
-        _, pull = torch.func.vjp(lambda *v: self.lagrangian.constraints(v, theta), *u)
-        _, push = torch.func.vjp(lambda *s: self.lagrangian.constraint_pullback(u, theta, s), *zeros)
+        _, pull = pullback(lambda *v: self.lagrangian.constraints(v, theta), u)
+        _, push = pullback(lambda *s: self.lagrangian.constraint_pullback(u, theta, s), zeros)
 
         def product(s: Tensor) -> Tensor:
             return flat.join(push(pull(flat.split(s[0], self.constraint_shapes))), 1)[None]
@@ -77,7 +77,7 @@ class MatrixFreePlan(AutodiffPlan):
 
     def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
         """H as its product."""
-        _, pull = torch.func.vjp(lambda *v: self.lagrangian.gradient(v, lam, theta), *u)
+        _, pull = pullback(lambda *v: self.lagrangian.gradient(v, lam, theta), u)
         batch, first = u[0].shape[0], u[0]
 
         def product(x: Tensor) -> Tensor:

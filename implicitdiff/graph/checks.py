@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from implicitdiff.errors import CapturedTensorError, ProblemDefinitionError
+from implicitdiff.graph.arguments import Arguments
 from implicitdiff.graph.clean import depends_on, outputs
-from implicitdiff.graph.record import Arguments
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, flatten, leaf_names
 from implicitdiff.torch_private import is_wrapped

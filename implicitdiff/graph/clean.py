@@ -106,7 +106,7 @@ def finish(raw: torch.fx.GraphModule, arguments: int, captured: Captured) -> tor
             _spell_out(graph, node)
         elif node.target is aten.slice_scatter.default:
             _bound_end(node, first=2)
-        elif node.target in _IDENTITIES or _is_full_slice(node):
+        elif node.target in _IDENTITIES or _is_full_slice(node) or _is_second_detach(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is aten.slice.Tensor:
@@ -194,7 +194,8 @@ def _order_placeholders(graph: torch.fx.Graph, arguments: int) -> None:
     own, extra = placeholders[:arguments], placeholders[arguments:]
     last = own[-1]
     for node in sorted(extra, key=lambda n: int(str(n.target).rpartition("_")[2])):
-        last.append(node)
+        if last.next is not node:
+            last.append(node)
         last = node
 
 
@@ -225,6 +226,13 @@ def _is_full_slice(node: torch.fx.Node) -> bool:
     dim, start, end, step = given + defaults[len(given) :]
     size = value.shape[dim] if value.dim() else 0
     return bool(start in (None, 0) and (end is None or end >= size) and step == 1)
+
+
+def _is_second_detach(node: torch.fx.Node) -> bool:
+    """``aten.detach`` of a detached value; torch 2.6 writes several for one ``detach()``."""
+    first = node.args[0] if node.args else None
+    stops = aten.detach.default
+    return node.target is stops and isinstance(first, torch.fx.Node) and first.target is stops
 
 
 def _bound_end(node: torch.fx.Node, first: int) -> None:

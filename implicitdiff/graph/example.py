@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from implicitdiff.errors import ImplicitDiffError, InputError, ProblemDefinitionError, SolutionError
+from implicitdiff.graph.arguments import arguments_of
 from implicitdiff.graph.checks import describe_value
-from implicitdiff.graph.record import LOCK, arguments_of, explain, run_on_shapes
+from implicitdiff.graph.record import LOCK, explain, run_on_shapes
 from implicitdiff.inputs import Bound, variable_name
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, flatten, leaf_names

@@ -4,13 +4,12 @@ Comes in: a Problem, the shapes of everything the function may read, the name of
 functional aten graph of one sample, with the user's line on every node. Next file to read: ``clean.py``.
 """
 
-import dataclasses
 import pickle
 import random
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,12 +21,10 @@ from implicitdiff.errors import (
     RandomnessError,
     TraceError,
 )
+from implicitdiff.graph.arguments import Arguments, call_hook
 from implicitdiff.graph.lines import raising_line
 from implicitdiff.graph.recorder import SHAPE_REMEDY, VALUE_REMEDY, Recorder
-from implicitdiff.graph.skeleton import skeleton
-from implicitdiff.inputs import Bound, variable_name
 from implicitdiff.problem import Problem
-from implicitdiff.pytrees import Spec, leaf_names, unflatten
 from implicitdiff.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -45,6 +42,7 @@ _NO_DATA = (
     "Cannot copy out of meta tensor",
     "Cannot access data pointer",
 )
+_NO_RULE = ("There was no rule registered for HOP", "There was no rule registered for HigherOrderOperator")
 _DEVICES = ("FakeTensor Device Propagation", "Expected all tensors to be on the same device")
 
 REPEATS = 20
@@ -64,89 +62,6 @@ Check = Callable[[Any], list[torch.Tensor]]
 
 # make_fx and the fake tensor mode are not safe in threads.
 LOCK = threading.RLock()
-
-
-class Fact(NamedTuple):
-    """What a function may know of one argument."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Arguments:
-    """Everything a declared function may read, as shapes: the variables, the inputs, the Problem's tensors.
-
-    Attributes:
-        facts: One per argument, in the order of the graph's placeholders.
-        variables: How many of them are variables; they come first.
-        variable_spec: Their structure, None where there are none (``init``).
-        bound: The bound inputs; their leaves come next, then the tensors of the Problem.
-    """
-
-    facts: tuple[Fact, ...]
-    variables: int
-    variable_spec: Spec | None
-    bound: Bound
-
-    def fakes(self) -> list[torch.Tensor]:
-        """Fresh fake tensors, one per argument; to be called inside the fake mode."""
-        return [torch.empty(fact.shape, dtype=fact.dtype, device=fact.device) for fact in self.facts]
-
-    def call(self, problem: Problem, hook: str, values: Sequence[torch.Tensor], recorder: Any = None) -> Any:
-        """Call a hook of the Problem's skeleton on these values."""
-        end = self.variables + len(self.bound.leaves)
-        tensors = values[end:]
-        twin = skeleton(problem, {id(t): v for t, v in zip(self.bound.tensors, tensors, strict=True)})
-        arguments = list(self.bound.unflatten(values[self.variables : end]))
-        if self.variable_spec is not None:
-            arguments.insert(0, unflatten(values[: self.variables], self.variable_spec))
-        if recorder is None:
-            return call_hook(twin, hook, arguments)
-        with recorder:
-            return call_hook(twin, hook, arguments)
-
-
-def arguments_of(
-    problem: Problem, variables: Sequence[torch.Tensor], variable_spec: Spec | None, bound: Bound
-) -> Arguments:
-    """The arguments of the declared functions of one sample.
-
-    Args:
-        problem: The Problem.
-        variables: Leaves of one sample; only shape and dtype count.
-        variable_spec: Their structure; None for a hook that takes no variable.
-        bound: The inputs. Where they are on the meta device, the graph is made for the device of the
-            Problem's tensors, else for the CPU, since constants inside a function lie on a real device.
-    """
-    real = [t.device for t in (*bound.leaves, *bound.tensors) if not t.is_meta]
-    home = real[0] if real else torch.device("cpu")
-
-    def facts(
-        names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
-    ) -> list[Fact]:
-        triples = zip(names, tensors, shapes, strict=True)
-        return [Fact(n, tuple(s), t.dtype, home if t.is_meta else t.device) for n, t, s in triples]
-
-    on_home = [torch.empty((), dtype=v.dtype, device="meta") for v in variables]
-    names = () if variable_spec is None else leaf_names(variable_spec, variable_name(problem))
-    return Arguments(
-        facts=(
-            *facts(names, on_home, [v.shape for v in variables]),
-            *facts(bound.names, bound.leaves, bound.sample_shapes),
-            *facts(bound.tensor_names, bound.tensors, [t.shape for t in bound.tensors]),
-        ),
-        variables=len(variables),
-        variable_spec=variable_spec,
-        bound=bound,
-    )
-
-
-def call_hook(problem: Problem, hook: str, arguments: Sequence[Any]) -> Any:
-    """The one frame between the library and the user's code, see ``lines.origin``."""
-    return getattr(problem, hook)(*arguments)
 
 
 def record(problem: Problem, hook: str, arguments: Arguments, check: Check) -> torch.fx.GraphModule:
@@ -231,6 +146,9 @@ def explain(name: str, arguments: Arguments, error: Exception) -> ImplicitDiffEr
         return ControlFlowError(f"{name} makes a tensor whose shape depends on values{at}: {SHAPE_REMEDY}")
     if isinstance(error, DataDependentOutputException) or any(words in text for words in _NO_VALUE):
         return ControlFlowError(f"{name} reads the value of a tensor in Python{at}: {VALUE_REMEDY}")
+    if any(words in text for words in _NO_RULE):
+        operator = text.rpartition(" and mode")[0].rpartition(" ")[2]
+        return ControlFlowError(f"{name} calls a control flow operator ({operator}){at}: {VALUE_REMEDY}")
     if any(words in text for words in _NO_DATA):
         return TraceError(
             f"{name} takes the data out of a tensor (numpy, torch.tensor of tensors){at}: the graph would "

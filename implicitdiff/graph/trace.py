@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from implicitdiff.attributes import scan
+from implicitdiff.graph.arguments import Arguments, arguments_of
 from implicitdiff.graph.checks import Result, check_captured, check_dependence
 from implicitdiff.graph.clean import Captured, finish, lift_attributes, outputs
 from implicitdiff.graph.example import Example, solution_example, variable_example
-from implicitdiff.graph.record import LOCK, Arguments, arguments_of, record
+from implicitdiff.graph.record import LOCK, record
 from implicitdiff.inputs import Bound
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec

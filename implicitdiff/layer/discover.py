@@ -57,9 +57,9 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
             if bound.batch:
                 raise
             raise SolutionError(
-                f"{name} declares no init, so the shape of u is known only after a solve, and solve fails on "
-                f"a batch of 0 samples ({type(error).__name__}): declare init, or call the layer on a batch "
-                "that is not empty first"
+                f"{name} declares no init, so the shape of u is known only after a solve, which fails on "
+                f"a batch of 0 samples ({type(error).__name__}): declare init, or call the layer on a "
+                "batch that is not empty first"
             ) from error
     tree = found.u if isinstance(found, Solution) else found
     example = solution_example(problem, tree, bound)

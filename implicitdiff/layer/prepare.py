@@ -252,7 +252,8 @@ def _refuse_parameters(problem: Problem, bound: Bound) -> None:
         if tensor.requires_grad:
             raise ProblemDefinitionError(
                 f"backward='hand' gives gradients for the inputs only, but {name} of "
-                f"{type(problem).__name__} requires one: use backward='auto', or freeze it with requires_grad_(False)"
+                f"{type(problem).__name__} requires one: use backward='auto', or freeze it with "
+                "requires_grad_(False)"
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from implicitdiff.autograd import Call, KKTSolve
 from implicitdiff.errors import UnrollError
-from implicitdiff.failures import enforce
+from implicitdiff.failures import enforce, validate_policy
 from implicitdiff.layer.prepare import Outputs, Prepared
 from implicitdiff.optimality import check, tolerance
 from implicitdiff.problem import Solution
@@ -158,5 +158,7 @@ def _judged(prepared: Prepared, u: Leaves, lam: Leaves | None, steps: int) -> Ou
         allowed = tolerance(u[0].dtype, options.optimality_tol)
         found = check(prepared.plan, plain_u, constants, plain, allowed)
         source = "the unrolled solve" if steps < 0 else f"{steps} unrolled Newton steps"
-        status = enforce(found, options.on_failure, f"{source} of {type(prepared.problem).__name__}")
+        status = enforce(
+            found, validate_policy(options.on_failure), f"{source} of {type(prepared.problem).__name__}"
+        )
     return Outputs(u, constants if lam is None else lam, status, iterations, found.residuals.relative)

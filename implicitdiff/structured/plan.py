@@ -177,7 +177,7 @@ class StructuredPlan:
                 break
         found = dict(zip(function.emitted.results, out, strict=True))
         grads = tuple(
-            (found[leaf.name].reshape(t.shape) if leaf.name in found else torch.zeros_like(t)) if need else None
+            (found[leaf.name].reshape(t.shape).to(t.dtype) if leaf.name in found else torch.zeros_like(t)) if need else None
             for need, leaf, t in zip(wanted, theta_leaves, theta, strict=True)
         )
         return grads, status

@@ -66,7 +66,8 @@ class Writer:
         leaves = {node.data[0]: node for node in nodes if node.op == "leaf"}  # type: ignore[index]
         like = declared.variables[0].name
         names = tuple(n for n in self.arguments.order() if n in leaves or n == like)
-        preamble = [line for n in names if n in leaves for line in self._reshape(n, leaves[n].sizes, leaves[n].prefix)]
+        preamble = [line for n in names if n in leaves for line in
+                    [*self._reshape(n, leaves[n].sizes, leaves[n].prefix), *self._cast(n, like)]]
         emitter = Emitter(declared.build, like)
         emitted = emitter.function(name, names, recipe.outputs, self.namespace, preamble, document, recipe.first)
         return Written(emitted, names)
@@ -77,3 +78,12 @@ class Writer:
             return []
         lead = [f"*{name}.shape[:{prefix}]"] if prefix else []
         return [f"{name} = {name}.reshape(({', '.join([*lead, *map(str, sizes)])}{',' if len(lead) + len(sizes) == 1 else ''}))"]
+
+    def _cast(self, name: str, like: str) -> list[str]:
+        """Parameters and buffers may be of another floating dtype than the variables (a float32 number, float64 data)."""
+        declared = self.arguments.declared
+        own = declared.variables[0].placeholder.dtype
+        for leaf in declared.theta:
+            if leaf.name == name and leaf.placeholder.dtype.is_floating_point and leaf.placeholder.dtype != own:
+                return [f"{name} = {name}.to({like}.dtype)"]
+        return []

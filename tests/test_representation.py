@@ -1,0 +1,186 @@
+"""The representation's normal forms, derivatives and emission, on expressions small enough to check by hand."""
+
+import itertools
+
+import pytest
+import torch
+
+from implicitdiff.graph.build import Builder
+from implicitdiff.graph.calculus import adjoints, partial, tangent
+from implicitdiff.graph.emit import Emitter, Output
+from implicitdiff.graph.ir import BATCHED, UNBATCHED, Ref, Unsupported
+
+
+def leaf(build: Builder, name: str, *sizes: int, prefix: int = BATCHED) -> Ref:
+    return build.self_ref(build.leaf(name, sizes, prefix).node)
+
+
+def along(ref: Ref, *labels: int) -> Ref:
+    """A use of a leaf under given labels."""
+    return Ref(ref.node, labels)
+
+
+def evaluate(build: Builder, ref: Ref, order: tuple[int, ...], **tensors: torch.Tensor) -> torch.Tensor:
+    emitter = Emitter(build, next(iter(tensors)))
+    output = Output("out", ref, order, prefix=ref.node.prefix)
+    return emitter.function("f", list(tensors), [output], {"torch": torch}).call(*tensors.values())[0]
+
+
+def test_powers_cancel_and_merge() -> None:
+    build = Builder()
+    x = leaf(build, "x", 3)
+    assert build.as_number(build.times(x, build.power(x, -1.0))) == 1.0
+    assert build.times(x, x) == build.power(x, 2.0)
+    assert build.power(build.power(x, 0.5), 2.0) == x
+    assert build.is_zero(build.minus(x, x))
+    assert build.mul([(x, 1.0)], 0.0) == build.number(0.0)
+
+
+def test_the_root_of_a_square_is_not_the_value() -> None:
+    build = Builder()
+    x = leaf(build, "x", 2)
+    root = build.power(build.power(x, 2.0), 0.5)
+    assert root != x
+    values = torch.tensor([[-2.0, 3.0]], dtype=torch.float64)
+    assert torch.equal(evaluate(build, root, x.labels, x=values), values.abs())
+
+
+def test_equal_expressions_are_one_node_whatever_their_labels() -> None:
+    build = Builder()
+    x = leaf(build, "x", 4)
+    i, j = build.labels.new(4), build.labels.new(4)
+    first, second = build.fn("exp", [along(x, i)]), build.fn("exp", [along(x, j)])
+    assert first.node is second.node
+    assert first != second
+    difference = build.minus(first, second)
+    assert set(difference.labels) == {i, j}
+
+
+def test_a_sum_over_one_axis_and_over_two_are_different_nodes() -> None:
+    build = Builder()
+    x = leaf(build, "x", 2, 3)
+    rows = build.con(x, x.labels[1:])
+    everything = build.con(x, x.labels)
+    assert rows.node is not everything.node
+    assert everything.labels == ()
+
+
+def test_factors_leave_a_sum_and_missing_labels_multiply() -> None:
+    build = Builder()
+    a, b = leaf(build, "a", 2), leaf(build, "b", 3)
+    product = build.con(build.times(a, b), b.labels)
+    assert product == build.times(a, build.con(b, b.labels))
+    assert build.con(a, b.labels) == build.scale(3.0, a)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_squares_are_completed_under_a_sum(sign: float) -> None:
+    build = Builder()
+    u, x = leaf(build, "u", 3), leaf(build, "x", 3, 4)
+    i, j = x.labels
+    mine = along(u, i)
+    expanded = build.add([
+        (1.0, build.con(build.power(mine, 2.0), [i])),
+        (2.0 * sign, build.con(build.times(mine, x), [i])),
+        (1.0, build.con(build.power(x, 2.0), [i])),
+    ])  # fmt: skip
+    assert expanded == build.con(build.power(build.add([(1.0, mine), (sign, x)]), 2.0), [i])
+    assert expanded.labels == (j,)
+
+
+def test_a_half_completed_square_is_left_alone() -> None:
+    build = Builder()
+    a, b = leaf(build, "a", 3), leaf(build, "b", 3)
+    b = along(b, *a.labels)
+    sum_ = build.add([(1.0, build.power(a, 2.0)), (-3.0, build.times(a, b)), (1.0, build.power(b, 2.0))])
+    values = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    got = evaluate(build, sum_, a.labels, a=values[0], b=values[1])
+    torch.testing.assert_close(got, values[0] ** 2 - 3 * values[0] * values[1] + values[1] ** 2)
+
+
+def test_a_diagonal_is_refused() -> None:
+    build = Builder()
+    x = leaf(build, "x", 3, 3)
+    with pytest.raises(Unsupported, match="diagonal"):
+        x.rename({x.labels[1]: x.labels[0]})
+
+
+def test_partial_of_where_stays_inside_the_branch() -> None:
+    """The branch not taken has an infinite slope; it must not reach the result."""
+    build = Builder()
+    u = leaf(build, "u", 3)
+    zero = build.number(0.0)
+    safe = build.fn("where", [build.fn("gt", [u, zero]), build.power(u, 0.5), zero])
+    slope = partial(build, safe, u)
+    values = torch.tensor([[-1.0, 0.0, 4.0]], dtype=torch.float64)
+    assert torch.equal(evaluate(build, slope, u.labels, u=values), torch.tensor([[0.0, 0.0, 0.25]], dtype=torch.float64))
+
+
+def test_reverse_and_tangent_are_transposed() -> None:
+    """<D f, w> computed both ways, on a two-level sum that uses one input three times."""
+    build = Builder()
+    u, x = leaf(build, "u", 3), leaf(build, "x", 3, 4)
+    w = leaf(build, "w", 3)
+    i, j = x.labels
+    k = build.labels.new(3)
+    inner = build.con(build.fn("tanh", [build.times(along(u, i), x)]), [i])
+    f = build.con(build.times(inner, build.fn("exp", [along(u, k)])), [j, k])
+    f = build.plus(f, build.con(build.power(u, 3.0), u.labels))
+    pushed = tangent(build, f, {u.node.id: Ref(w.node, u.node.axes)})
+    slope = adjoints(build, f, frozenset([u.node.id]))[u.node.id]
+    data = {"u": torch.randn(2, 3), "x": torch.randn(2, 3, 4), "w": torch.randn(2, 3)}
+    data = {name: value.double() for name, value in data.items()}
+    forward = evaluate(build, pushed, (), **data)
+    reverse = (evaluate(build, slope, u.node.axes, **data) * data["w"]).sum(1)
+    torch.testing.assert_close(forward, reverse)
+
+    def written(u: torch.Tensor) -> torch.Tensor:
+        rows = torch.tanh(u[:, :, None] * data["x"]).sum(1).sum(1)
+        return rows * u.exp().sum(1) + (u**3).sum(1)
+
+    expected = torch.func.jvp(written, (data["u"],), (data["w"],))[1]
+    torch.testing.assert_close(forward, expected)
+
+
+def test_identities_are_used_after_differentiation_only() -> None:
+    """A w = 0 as a value does not make its derivative by A zero: only what is already differentiated is replaced."""
+    build = Builder()
+    a, w = leaf(build, "a", 3), leaf(build, "w", 3)
+    w = along(w, *a.labels)
+    row = build.con(build.times(a, w), a.labels)
+    slope = adjoints(build, row, frozenset([a.node.id]))[a.node.id]
+    (kept, gone) = build.replaced([slope, build.scale(2.0, row)], [row])
+    assert kept == slope
+    assert build.is_zero(gone)
+    assert build.con(build.times(a, w), a.labels) == row, "the replacement must not outlive the call"
+
+
+def test_sum_over_the_batch_of_a_product() -> None:
+    build = Builder()
+    a, b = leaf(build, "a", 3, 4), leaf(build, "b", 4)
+    b = along(b, a.labels[1])
+    total = build.con(build.times(a, b), [a.labels[1]], over_batch=True)
+    assert total.node.prefix == UNBATCHED
+    data = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    got = evaluate(build, total, a.labels[:1], a=data[0], b=data[1])
+    torch.testing.assert_close(got, torch.einsum("bij,bj->i", *data))
+
+
+@pytest.mark.parametrize("sizes", list(itertools.product([2, 3], [3, 4])))
+def test_contractions_equal_einsum(sizes: tuple[int, int]) -> None:
+    """Three factors, one shared by the batch; equal and unequal sizes, every choice of summed axes."""
+    m, n = sizes
+    for count in range(4):
+        for summed in itertools.combinations("ijk", count):
+            build = Builder()
+            i, j, k = (build.labels.new(s) for s in (m, n, 2))
+            names = {"i": i, "j": j, "k": k}
+            a = along(leaf(build, "a", m, n), i, j)
+            b = along(leaf(build, "b", n, 2, prefix=UNBATCHED), j, k)
+            c = along(leaf(build, "c", 2, m), k, i)
+            ref = build.con(build.times(a, b, c), [names[s] for s in summed])
+            kept = [s for s in "ijk" if s not in summed]
+            data = [torch.randn(3, m, n), torch.randn(n, 2), torch.randn(3, 2, m)]
+            data = [t.double() for t in data]
+            got = evaluate(build, ref, tuple(names[s] for s in kept), a=data[0], b=data[1], c=data[2])
+            torch.testing.assert_close(got, torch.einsum(f"zij,jk,zki->z{''.join(kept)}", *data))
