@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd import gradcheck
 from torch.func import functional_call, grad, vmap
 
 import implicitdiff as idf
@@ -259,6 +261,62 @@ def test_autocast_casts_to_float32_and_back() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         solution = layer.solve(x.to(torch.bfloat16), init=exact.to(torch.bfloat16).detach())
     assert solution.value.dtype == solution.u.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outside_of_autocast_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(idf.InputError, match="autocast"):
+        DeclarativeLayer(Sphere())(torch.ones(2, 3, dtype=dtype))
+
+
+def test_integer_inputs_are_constants() -> None:
+    class Classes(idf.Problem):
+        def objective(self, u, x, labels):
+            return torch.nn.functional.cross_entropy(x @ u, labels) + (u * u).sum() / 2
+
+        def init(self, x, labels):
+            return torch.zeros(x.shape[1], 3, dtype=x.dtype)
+
+    x, labels = draw(2, 6, 2, seed=3), torch.tensor([[0, 1, 2, 0, 1, 1], [2, 2, 0, 1, 0, 2]])
+    layer = DeclarativeLayer(Classes())
+    assert gradcheck(lambda x: layer(x, labels), (x,), check_forward_ad=True, fast_mode=True)
+    one = DeclarativeLayer(Classes(), in_dims=None)
+    found = vmap(grad(lambda x, labels: (one(x, labels) ** 2).sum()))(x.detach(), labels)
+    torch.testing.assert_close(found, torch.autograd.grad((layer(x, labels) ** 2).sum(), x)[0])
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_the_vectorised_transforms_of_autograd_functional(strategy: str) -> None:
+    """They batch cotangents and tangents by an older vmap than torch.func's."""
+    layer, x = DeclarativeLayer(Sphere()), draw(2, 3, seed=1, shift=0.3)
+    one_by_one = torch.autograd.functional.jacobian(layer, x)
+    vectorised = torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy=strategy)
+    torch.testing.assert_close(vectorised, one_by_one)
+
+    def scalar(x: Tensor) -> Tensor:
+        return (layer(x) ** 3).sum()
+
+    curved = torch.autograd.functional.hessian(scalar, x, vectorize=True, outer_jacobian_strategy=strategy)
+    torch.testing.assert_close(curved, torch.autograd.functional.hessian(scalar, x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    layer, x = DeclarativeLayer(GeometricMedian()), draw(2, 2, 4, seed=1)
+    loss = torch.utils.checkpoint.checkpoint(lambda x: layer(x).square().sum(), x, use_reentrant=reentrant)
+    found = torch.autograd.grad(loss, layer.problem.eps)[0] if not reentrant else None
+    if reentrant:
+        loss.backward()
+        found = layer.problem.eps.grad
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.problem.eps)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_inference_mode() -> None:
+    x = draw(2, 3, seed=1).detach()
+    with torch.inference_mode():
+        u = DeclarativeLayer(Sphere())(x)
+    torch.testing.assert_close(u.clone(), DeclarativeLayer(Sphere())(x))
 
 
 def test_float32() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicitdiff.autograd import Call, ImplicitFunction
 from implicitdiff.autograd.call import Solved
-from implicitdiff.errors import OptionError, ProblemDefinitionError, SolutionError
+from implicitdiff.errors import InputError, OptionError, ProblemDefinitionError, SolutionError
 from implicitdiff.failures import validate_policy
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind, check_finite
@@ -199,6 +199,11 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
     """
     inputs, restore = _full_precision(inputs)
     bound = bind(problem, inputs, options.in_dims)
+    if bound.dtype in LOW_PRECISION:
+        raise InputError(
+            f"the inputs of {type(problem).__name__} are {bound.dtype}, in which nothing can be solved: convert them "
+            "with .float(), or call the layer under torch.autocast, which does so and converts u back"
+        )
     if options.backward == "hand":
         _refuse_parameters(problem, bound)
     example = variable_example(problem, bound) if problem.declares("init") else solved_example(problem, bound)

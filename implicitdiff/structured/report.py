@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.structure.forms import Form
+from implicitdiff.structured.describe import Notebook, derivation
 from implicitdiff.structure.report import Analysis, MatrixReport
 from implicitdiff.kkt.route import Route
 
@@ -29,8 +30,16 @@ def report(declared: Declared, hessian: Form, route: Route, code: str) -> Analys
         solver=route.solver,
         rejected=route.rejected,
         code=code,
+        derivation=derivation(declared, hessian, route.schur, _common(declared, route)),
         dependent=() if route.dependent is None else route.dependent.sentences,
     )
+
+
+def _common(declared: Declared, route: Route) -> str:
+    """The factor that was divided out of S, as text in front of each block."""
+    factor = declared.build.mul(route.common, route.common_coefficient)
+    text = Notebook(declared.build).write(factor, inside=True)
+    return "" if text == "1" else f"{text} * "
 
 
 def _jacobian(declared: Declared, shape: tuple[int, int]) -> MatrixReport:

@@ -1,0 +1,157 @@
+"""The derivation in symbols: H, A and S as a person would write them, in index notation.
+
+In: forms and refs. Out: lines of text. Sums get names (s1, s2, ...) and are written once, after the lines that use them.
+Next file: `report.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from implicitdiff.derivatives.declared import Declared
+from implicitdiff.graph.build import Builder
+from implicitdiff.graph.ir import Label, Node, Ref
+from implicitdiff.structure.forms import Entry, Form
+
+LETTERS = "ijklmnopqrst"
+LONGEST = 400
+"""A line longer than this is cut: the code says the rest."""
+
+
+class Notebook:
+    """Writes expressions; remembers the names of labels and of sums."""
+
+    def __init__(self, build: Builder) -> None:
+        self.build = build
+        self.letters: dict[Label, str] = {}
+        self.sums: dict[int, str] = {}
+        self.pending: list[Node] = []
+
+    def letter(self, label: Label) -> str:
+        """i, j, k, ... in the order of appearance."""
+        if label not in self.letters:
+            count = len(self.letters)
+            self.letters[label] = LETTERS[count % len(LETTERS)] + "'" * (count // len(LETTERS))
+        return self.letters[label]
+
+    def indices(self, labels: Sequence[Label]) -> str:
+        """_ij, or nothing."""
+        return f"_{''.join(self.letter(k) for k in labels)}" if labels else ""
+
+    def write(self, ref: Ref, *, inside: bool = False) -> str:
+        """An expression; `inside` puts a sum of terms into brackets."""
+        number = self.build.as_number(ref)
+        if number is not None:
+            return f"{number:g}"
+        node = ref.node
+        if node.op == "con":
+            if node.id not in self.sums:
+                self.sums[node.id] = f"s{len(self.sums) + 1}"
+                self.pending.append(node)
+            return f"{self.sums[node.id]}{self.indices(ref.labels)}"
+        args, bound = self.build.open(ref)
+        if node.op == "prod":
+            return self._product(ref)
+        if node.op == "add":
+            text = self._addition(ref)
+            return f"({text})" if inside else text
+        if node.op == "fn":
+            return f"{node.data[0]}({', '.join(self.write(a) for a in args)})"  # type: ignore[index]
+        if node.op == "amax":
+            return f"max_{''.join(self.letter(k) for k in bound)} {self.write(args[0], inside=True)}"
+        if node.op == "eye":
+            return f"delta{self.indices(ref.labels)}"
+        if node.op == "view":
+            return f"{args[0].node.data[0]}[{self._slices(node)}]{self.indices(ref.labels)}"  # type: ignore[index]
+        name = node.data[0] if node.op == "leaf" else f"selection{node.id}"  # type: ignore[index]
+        return f"{name}{self.indices(ref.labels)}"
+
+    @staticmethod
+    def _slices(node: Node) -> str:
+        parts = []
+        for spec in node.data:  # type: ignore[attr-defined]
+            if spec[0] == "slice":
+                parts.append(f"{spec[1]}:{spec[1] + spec[2] * spec[3]}" + (f":{spec[2]}" if spec[2] != 1 else ""))
+            else:
+                parts.append(":" if spec[0] == "all" else str(spec[1]))
+        return ", ".join(parts)
+
+    def _product(self, ref: Ref) -> str:
+        coefficient, factors = self.build.split(ref)
+        parts = []
+        for factor, power in factors:
+            text = self.write(factor, inside=True)
+            parts.append(text if power == 1.0 else f"{text}^{power:g}" if power > 0.0 else f"{text}^({power:g})")
+        text = " ".join(parts)
+        return text if coefficient == 1.0 else f"-{text}" if coefficient == -1.0 else f"{coefficient:g} {text}"
+
+    def _addition(self, ref: Ref) -> str:
+        constant, coefficients = ref.node.data  # type: ignore[misc]
+        args, _ = self.build.open(ref)
+        terms = [self.build.scale(c, a) for c, a in zip(coefficients, args, strict=True)]
+        texts = [self.write(term) for term in terms] + ([f"{constant:g}"] if constant else [])
+        return " + ".join(texts).replace("+ -", "- ")
+
+    def definitions(self) -> list[str]:
+        """`where s1_j = sum_i ...`, until no new sum turns up."""
+        lines = []
+        while self.pending:
+            node = self.pending.pop(0)
+            ref = self.build.self_ref(node)
+            (body,), bound = self.build.open(ref)
+            over = "".join(self.letter(k) for k in bound) + ("b" if node.data else "")
+            lines.append(f"where {self.sums[node.id]}{self.indices(ref.labels)} = sum_{over} {self.write(body, inside=True)}")
+        return [_cut(line) for line in lines]
+
+    def entry(self, entry: Entry, rows: Sequence[Label], columns: Sequence[Label]) -> str:
+        """One block of a matrix: its parts added."""
+        parts = []
+        if entry.diagonal is not None:
+            delta = "".join(f"delta{self.indices([a, b])} " for a, b in zip(rows, columns, strict=True))
+            parts.append(f"{delta}{self.write(entry.diagonal, inside=True)}")
+        for axes, ref in entry.partial:
+            delta = "".join(f"delta{self.indices([rows[k], columns[k]])} " for k in sorted(axes))
+            parts.append(f"{delta}{self.write(ref, inside=True)}")
+        for term in entry.low_rank:
+            product = self.write(self.build.times(term.left, term.weights, term.right))
+            over = "".join(self.letter(k) for k in term.rank)
+            parts.append(f"sum_{over} {product}" if over else product)
+        parts += [self.write(ref, inside=True) for ref in entry.dense]
+        return " + ".join(parts).replace("+ -", "- ") if parts else "0"
+
+
+def derivation(declared: Declared, hessian: Form, schur: Form | None, common: str = "") -> tuple[str, ...]:
+    """The lines: H, A, S by blocks, then the sums they name."""
+    notebook = Notebook(declared.build)
+    lines = []
+    space = hessian.space
+    for k, row in enumerate(hessian.grid):
+        for j, entry in enumerate(row):
+            if j < k or (entry.empty and j != k):
+                continue
+            where = "" if len(space.names) == 1 else f"[{space.names[k]}, {space.names[j]}]"
+            text = notebook.entry(entry, space.rows[k], space.columns[j])
+            lines.append(f"H{where}{notebook.indices(space.rows[k])}{_comma(notebook, space.columns[j])} = {text}")
+    for c in declared.constraints:
+        for term in c.terms:
+            value = notebook.write(term.coefficient)
+            variable = next(leaf.name for leaf in declared.variables if leaf.node.id == term.leaf.id)
+            lines.append(f"d {c.name}{notebook.indices(c.labels)} / d {variable}{notebook.indices(term.columns)} = {value}")
+    if schur is not None:
+        labels = schur.space
+        for k, row in enumerate(schur.grid):
+            for j, entry in enumerate(row):
+                if j < k or entry.empty:
+                    continue
+                where = "" if len(labels.names) == 1 else f"[{k}, {j}]"
+                text = notebook.entry(entry, labels.rows[k], labels.columns[j])
+                lines.append(f"S{where}{notebook.indices(labels.rows[k])}{_comma(notebook, labels.columns[j])} = {common}{text}")
+    return tuple([_cut(line) for line in lines] + notebook.definitions())
+
+
+def _comma(notebook: Notebook, labels: Sequence[Label]) -> str:
+    return f",{''.join(notebook.letter(k) for k in labels)}" if labels else ""
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= LONGEST else line[: LONGEST - 4] + " ..."
