@@ -42,6 +42,7 @@ __all__ = [
     "raise_grad_batched",
     "tangent_free",
     "values_are_readable",
+    "without_saved_tensor_hooks",
 ]
 
 
@@ -155,3 +156,20 @@ def raise_grad_batched(tensor: torch.Tensor, level: int) -> torch.Tensor:
     """The grad-batched tensor over a plain one, whose first axis is hidden."""
     raised: torch.Tensor = torch._add_batch_dim(tensor, 0, level)
     return raised
+
+
+@contextlib.contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Run the body with no hooks on saved tensors (checkpointing, ``save_on_cpu``).
+
+    torch.func's grad and vjp refuse to run while there are any. What autograd saves inside is kept as it is.
+    """
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)

@@ -113,7 +113,9 @@ def test_partial_of_where_stays_inside_the_branch() -> None:
     safe = build.fn("where", [build.fn("gt", [u, zero]), build.power(u, 0.5), zero])
     slope = partial(build, safe, u)
     values = torch.tensor([[-1.0, 0.0, 4.0]], dtype=torch.float64)
-    assert torch.equal(evaluate(build, slope, u.labels, u=values), torch.tensor([[0.0, 0.0, 0.25]], dtype=torch.float64))
+    assert torch.equal(
+        evaluate(build, slope, u.labels, u=values), torch.tensor([[0.0, 0.0, 0.25]], dtype=torch.float64)
+    )
 
 
 def test_reverse_and_tangent_are_transposed() -> None:

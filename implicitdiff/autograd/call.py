@@ -7,7 +7,8 @@ the folding of a vmapped axis into the batch. Next: `autograd/kkt.py` and `autog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
+from implicitdiff.torch_private import without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 
@@ -135,6 +137,17 @@ def floating(value: Tensor) -> bool:
 def zeros_for(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves:
     """None replaced by zeros."""
     return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(values, like, strict=True))
+
+
+@contextlib.contextmanager
+def undisturbed(like: Tensor) -> Iterator[None]:
+    """Run the body in the dtypes of its tensors, and without hooks on what it saves.
+
+    Inside an autocast region a matrix product of a backward pass would run in bfloat16; under checkpointing
+    torch.func would refuse to run.
+    """
+    with torch.autocast(like.device.type, enabled=False), without_saved_tensor_hooks():
+        yield
 
 
 def own(output: Tensor, held: set[int]) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.batched_grads import through_func
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, unfold, zeros_for
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, undisturbed, unfold, zeros_for
 from implicitdiff.autograd.hand import HandVjp
-from implicitdiff.autograd.kkt import KKTSolve, autocast_off
+from implicitdiff.autograd.kkt import KKTSolve
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks
 from implicitdiff.errors import NotSupportedYetError
@@ -41,10 +41,11 @@ class ImplicitFunction(torch.autograd.Function):
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the solver; it sees plain tensors whatever transforms are active outside."""
         theta, start = tensors[: len(call.batched)], tensors[len(call.batched) :]
-        solved = call.solve(call, theta, start or None)
-        lam = solved.multipliers
-        if lam is None:
-            lam = call.plan.multipliers(solved.u, theta)
+        with undisturbed(theta[0]):
+            solved = call.solve(call, theta, start or None)
+            lam = solved.multipliers
+            if lam is None:
+                lam = call.plan.multipliers(solved.u, theta)
         # An output that shares memory with an input would be taken for a view of it.
         held = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
         outputs = (*solved.u, *lam, solved.status, solved.iterations, solved.residual)
@@ -97,7 +98,7 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
     if call.batch == 0:
         zeros = (torch.zeros_like(t) if need else None for t, need in zip(theta, needs, strict=True))
         return (None, *zeros, *nothing)
-    with autocast_off(u[0]):
+    with undisturbed(u[0]):
         grads = pull_back(call, u, lam, status, theta, v, needs)
     return (None, *grads, *nothing)
 
@@ -114,7 +115,7 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         moved = [t if floating(x) else None for t, x in zip(tangents, theta, strict=False)]
         if call.batch == 0 or all(tangent is None for tangent in moved):
             return (*(torch.zeros_like(leaf) for leaf in (*u, *lam)), *(None,) * EXTRAS)
-        with autocast_off(u[0]):
+        with undisturbed(u[0]):
             masks = Masks.of(call, status)
             u, lam, theta = masks.sound(u, lam, theta)
             u, _ = call.lagrangian.inside(u, lam, theta)

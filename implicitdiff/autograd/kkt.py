@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.batched_grads import through_func
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, unfold, zeros_for
+from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, undisturbed, unfold, zeros_for
 from implicitdiff.errors import OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
@@ -42,7 +42,8 @@ class KKTSolve(torch.autograd.Function):
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The plan's solve, with the failure policy applied."""
         rhs, point = _parts(call, tensors)
-        z = solve(call, *call.split_point(point), *_pair(call, rhs))
+        with undisturbed(rhs[0]):
+            z = solve(call, *call.split_point(point), *_pair(call, rhs))
         held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         return tuple(own(leaf, held) for leaf in (*z[0], *z[1]))
 
@@ -93,7 +94,7 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
     z, point = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     if all(cotangent is None for cotangent in cotangents):
         return (None,) * (1 + count + len(point))
-    with autocast_off(z[0]):
+    with undisturbed(z[0]):
         q = KKTSolve.apply(call, *zeros_for(cotangents, z), *point)
         needs = ctx.needs_input_grad[1 + count :]
         active = [index for index, need in enumerate(needs) if need and floating(point[index])]
@@ -117,7 +118,7 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
     with nested_forward_mode():
         saved = [tangent_free(value) for value in ctx.saved_tensors]
         z, point = saved[:count], saved[count:]
-        with autocast_off(z[0]):
+        with undisturbed(z[0]):
             rhs = zeros_for(tangents[:count], z)
             moved = [t if floating(p) else None for t, p in zip(tangents[count:], point, strict=True)]
             if any(tangent is not None for tangent in moved):
@@ -205,13 +206,6 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
         raise SingularError(message)
     if call.on_failure == "warn":
         warnings.warn(message, OptimalityWarning, stacklevel=2)
-
-
-def autocast_off(like: Tensor) -> Any:
-    """The backward runs in the dtype of its tensors: inside an autocast region a matrix product would run in
-    bfloat16.
-    """
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def _idle(rhs: Leaves) -> Tensor:

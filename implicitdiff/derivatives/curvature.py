@@ -60,8 +60,16 @@ def _pairs(
             for left in jacobians.of(a):
                 for right in jacobians.of(b):
                     taken = {*left.columns, *right.columns}
-                    terms.append(QuadraticTerm(
-                        left.leaf, left.columns, right.leaf, right.columns, left.coefficient, middle,
-                        right.coefficient, tuple(k for k in scope if k not in taken),
-                    ))
+                    terms.append(
+                        QuadraticTerm(
+                            left.leaf,
+                            left.columns,
+                            right.leaf,
+                            right.columns,
+                            left.coefficient,
+                            middle,
+                            right.coefficient,
+                            tuple(k for k in scope if k not in taken),
+                        )
+                    )
     return terms

@@ -40,14 +40,19 @@ class Declared:
         self.program = program
         self.build: Builder = program.build
         self.output_shapes = tuple(output_shapes)
-        self.variables: tuple[Leaf, ...] = tuple(l for l in program.leaves if l.placeholder.role == "variable")
+        self.variables: tuple[Leaf, ...] = tuple(
+            l for l in program.leaves if l.placeholder.role == "variable"
+        )
         self.theta: tuple[Leaf, ...] = tuple(l for l in program.leaves if l.placeholder.role != "variable")
         self.ids = frozenset(leaf.node.id for leaf in self.variables)
         self.jacobians = Jacobians(self.build, self.ids)
         self.constraints = tuple(self._constrained(k, b) for k, b in enumerate(program.blocks))
-        self.space = self._space([leaf.name for leaf in self.variables], [leaf.sizes for leaf in self.variables])
+        self.space = self._space(
+            [leaf.name for leaf in self.variables], [leaf.sizes for leaf in self.variables]
+        )
         self.constraint_space = Space(
-            tuple(c.name for c in self.constraints), tuple(c.labels for c in self.constraints),
+            tuple(c.name for c in self.constraints),
+            tuple(c.labels for c in self.constraints),
             tuple(tuple(self.build.labels.fresh(c.labels).values()) for c in self.constraints),
             tuple(tuple(self.build.labels.sizes[k] for k in c.labels) for c in self.constraints),
         )
@@ -64,7 +69,9 @@ class Declared:
         name = f"equality[{block.output}]" if len(self.output_shapes) > 1 else "equality"
         if pieces > 1:
             size = shape(self.build, block.value)[block.dim]
-            name = f"{name}[{':, ' * block.dim}{block.offset}{'' if size == 1 else f':{block.offset + size}'}]"
+            name = (
+                f"{name}[{':, ' * block.dim}{block.offset}{'' if size == 1 else f':{block.offset + size}'}]"
+            )
         return Constrained(name, block, block.value.ref, labels, tuple(self.jacobians.of(block.value.ref)))
 
     # ---------------------------------------------------------------- multiplier-shaped leaves
@@ -108,7 +115,12 @@ class Declared:
     @cached_property
     def multiplier_ids(self) -> frozenset[int]:
         """Ids of the leaves of lam."""
-        found = [n for c in self.constraints for n in reachable([self.constraint_leaf("lam", c).node]) if n.op == "leaf"]
+        found = [
+            n
+            for c in self.constraints
+            for n in reachable([self.constraint_leaf("lam", c).node])
+            if n.op == "leaf"
+        ]
         return frozenset(n.id for n in found)
 
     @cached_property
@@ -116,20 +128,32 @@ class Declared:
         """H = D_uu L as labelled terms."""
         index = {leaf.node.id: k for k, leaf in enumerate(self.variables)}
         return [
-            Contribution((index[t.row_leaf.id], index[t.column_leaf.id]), t.rows, t.columns, (t.row, t.middle, t.column), t.summed)
+            Contribution(
+                (index[t.row_leaf.id], index[t.column_leaf.id]),
+                t.rows,
+                t.columns,
+                (t.row, t.middle, t.column),
+                t.summed,
+            )
             for t in quadratic_terms(self.build, self.jacobians, self.lagrangian)
         ]
 
     def rows(self) -> list[Constraint]:
         """The constraints as the search for dependences wants them."""
-        return [Constraint(c.name, c.labels, tuple(Row(t.leaf, t.columns, t.coefficient) for t in c.terms))
-                for c in self.constraints]
+        return [
+            Constraint(c.name, c.labels, tuple(Row(t.leaf, t.columns, t.coefficient) for t in c.terms))
+            for c in self.constraints
+        ]
 
     def gradient(self, root: Ref, side: Sequence[tuple[Label, ...]]) -> list[Ref]:
         """D_u root, one ref a variable, in the labels `side`; slices of a variable are scattered back."""
         found = adjoints(self.build, root, self.ids)
-        return [self.build.plus(*pieces) if pieces else self.build.number(0.0)
-                for pieces in (self._collect(found, leaf, labels) for leaf, labels in zip(self.variables, side, strict=True))]
+        return [
+            self.build.plus(*pieces) if pieces else self.build.number(0.0)
+            for pieces in (
+                self._collect(found, leaf, labels) for leaf, labels in zip(self.variables, side, strict=True)
+            )
+        ]
 
     def _collect(self, found: dict[int, Ref], leaf: Leaf, labels: Sequence[Label]) -> list[Ref]:
         """The derivatives by a leaf and by its slices, as refs over the leaf's labels."""
@@ -143,13 +167,21 @@ class Declared:
             elif node.op == "view" and node.args[0].node.id == leaf.node.id:
                 factors = [ref]
                 names: dict[Label, Label] = {}
-                for (spec, own, row), label in zip(build.view_axes(build.self_ref(node)), labels, strict=True):
+                for (spec, own, row), label in zip(
+                    build.view_axes(build.self_ref(node)), labels, strict=True
+                ):
                     if spec[0] == "all":
                         names[own] = label
                         continue
                     rows = [] if row is None else [row]
-                    factors.append(build.make("select", (spec, build.labels.sizes[own]), (), [*rows, label], prefix=0))
-                summed = [row for _, _, row in build.view_axes(build.self_ref(node)) if row is not None and row not in names]
+                    factors.append(
+                        build.make("select", (spec, build.labels.sizes[own]), (), [*rows, label], prefix=0)
+                    )
+                summed = [
+                    row
+                    for _, _, row in build.view_axes(build.self_ref(node))
+                    if row is not None and row not in names
+                ]
                 pieces.append(build.con(build.times(*factors), summed).rename(names))
         return [p for p in pieces if not build.is_zero(p)]
 

@@ -37,14 +37,18 @@ class Jacobians:
         if not (node.leaves & self.variables):
             return []
         if node.id not in self.known:
-            self.known[node.id] = self._merge(self.build.self_ref(node), self._derive(self.build.self_ref(node)))
+            self.known[node.id] = self._merge(
+                self.build.self_ref(node), self._derive(self.build.self_ref(node))
+            )
         names = dict(zip(node.axes, ref.labels, strict=True))
         return [self._instance(term, names) for term in self.known[node.id]]
 
     def _instance(self, term: JacobianTerm, names: dict[Label, Label]) -> JacobianTerm:
         own = self.build.labels.fresh(k for k in term.columns if k not in names)
         all_names = {**names, **own}
-        return JacobianTerm(term.leaf, tuple(all_names[k] for k in term.columns), term.coefficient.rename(all_names))
+        return JacobianTerm(
+            term.leaf, tuple(all_names[k] for k in term.columns), term.coefficient.rename(all_names)
+        )
 
     def _derive(self, ref: Ref) -> list[JacobianTerm]:
         build, node = self.build, ref.node
@@ -61,7 +65,9 @@ class Jacobians:
             for term in self.of(body):
                 names = build.labels.fresh(k for k in bound if k in term.columns)
                 inner = build.con(term.coefficient, [k for k in bound if k not in term.columns])
-                terms.append(JacobianTerm(term.leaf, tuple(names.get(k, k) for k in term.columns), inner.rename(names)))
+                terms.append(
+                    JacobianTerm(term.leaf, tuple(names.get(k, k) for k in term.columns), inner.rename(names))
+                )
             return terms
         if node.op in POINTWISE:
             args, _ = build.open(ref)

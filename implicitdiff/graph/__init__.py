@@ -1,5 +1,5 @@
-"""From the declared functions to aten graphs of one sample.
+"""From the declared functions to aten graphs of one sample, and from those to the intermediate representation.
 
-Comes in: a Problem and its bound inputs. Goes out: a ``Trace``. Start with ``trace.py``; ``skeleton.py`` and
-``lines.py`` serve it.
+Comes in: a Problem and its bound inputs. Goes out: a ``Trace``, then a ``Program``. Start with ``trace.py``, go on
+with ``translate.py``.
 """

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 from implicitdiff.graph.functions import FOLD
 from implicitdiff.graph.ir import UNBATCHED, Label, Labels, Node, Ref, Unsupported
 
 Factor = tuple[Ref, float]
+Spec = tuple[Any, ...]
+"""What a view does to one axis: ("all",), ("slice", start, step, count) or ("index", k)."""
 Term = tuple[float, Ref]
 
 
@@ -41,8 +44,13 @@ class Builder:
     ) -> Ref:
         """The node `op(args)` with axes `out`, summing over `bound`: a known one if it exists."""
         position = {label: k for k, label in enumerate([*out, *bound])}
-        key = (op, data, len(out), tuple((a.node.id, tuple(position[b] for b in a.labels)) for a in args),
-               tuple(self.labels.sizes[label] for label in [*out, *bound]))
+        key = (
+            op,
+            data,
+            len(out),
+            tuple((a.node.id, tuple(position[b] for b in a.labels)) for a in args),
+            tuple(self.labels.sizes[label] for label in [*out, *bound]),
+        )
         node = self.table.get(key)
         if node is None:
             own = self.labels.fresh([*out, *bound])
@@ -51,8 +59,15 @@ class Builder:
             if leaves is None:
                 leaves = frozenset().union(*(a.node.leaves for a in args))
             node = Node(
-                self.count, op, data, tuple(a.rename(own) for a in args), tuple(own[b] for b in out),
-                tuple(own[b] for b in bound), tuple(self.labels.sizes[b] for b in out), prefix, leaves,
+                self.count,
+                op,
+                data,
+                tuple(a.rename(own) for a in args),
+                tuple(own[b] for b in out),
+                tuple(own[b] for b in bound),
+                tuple(self.labels.sizes[b] for b in out),
+                prefix,
+                leaves,
             )
             self.count += 1
             self.table[key] = node
@@ -102,11 +117,11 @@ class Builder:
             args, bound = self.open(ref)
             inner = [self._again(a, memo) for a in args]
             if node.op == "prod":
-                result = self.mul(list(zip(inner, node.data[1], strict=True)), node.data[0])  # type: ignore[index]
+                result = self.mul(list(zip(inner, node.data[1], strict=True)), node.data[0])
             elif node.op == "add":
-                result = self.add(list(zip(node.data[1], inner, strict=True)), node.data[0])  # type: ignore[index]
+                result = self.add(list(zip(node.data[1], inner, strict=True)), node.data[0])
             elif node.op == "fn":
-                result = self.fn(node.data[0], inner, node.data[1])  # type: ignore[index]
+                result = self.fn(node.data[0], inner, node.data[1])
             elif self.is_zero(inner[0]):
                 result = inner[0]
             else:
@@ -129,7 +144,7 @@ class Builder:
 
     def as_number(self, ref: Ref) -> float | None:
         """The constant that `ref` is, or None."""
-        return ref.node.data[0] if ref.node.op == "prod" and not ref.node.args else None  # type: ignore[index]
+        return ref.node.data[0] if ref.node.op == "prod" and not ref.node.args else None
 
     def is_zero(self, ref: Ref) -> bool:
         """Whether `ref` is the constant 0."""
@@ -141,7 +156,7 @@ class Builder:
         """`ref` as coefficient and factors."""
         if ref.node.op != "prod":
             return 1.0, [(ref, 1.0)]
-        coefficient, powers = ref.node.data  # type: ignore[misc]
+        coefficient, powers = ref.node.data
         args, _ = self.open(ref)
         return coefficient, list(zip(args, powers, strict=True))
 
@@ -212,7 +227,7 @@ class Builder:
             if number is not None:
                 constant += coefficient * number
             elif ref.node.op == "add" and abs(coefficient) == 1.0:
-                inner_constant, inner = ref.node.data  # type: ignore[misc]
+                inner_constant, inner = ref.node.data
                 args, _ = self.open(ref)
                 constant += coefficient * inner_constant
                 stack.extend((coefficient * c, a) for c, a in reversed(list(zip(inner, args, strict=True))))
@@ -248,7 +263,8 @@ class Builder:
         for ref in list(terms):
             if ref not in terms:
                 continue
-            inner, bound = (ref, ())
+            inner: Ref = ref
+            bound: tuple[Label, ...] = ()
             if ref.node.op == "con":
                 (inner,), bound = self.open(ref)
             coefficient, factors = self.split(inner)
@@ -256,8 +272,10 @@ class Builder:
                 continue
             (a, _), (b, _) = factors
             # only the square of a difference can be summed over labels that one of the two lacks
-            squares = [self.con(self.power(a, 2.0), [k for k in bound if k in a.labels]),
-                       self.con(self.power(b, 2.0), [k for k in bound if k in b.labels])]
+            squares = [
+                self.con(self.power(a, 2.0), [k for k in bound if k in a.labels]),
+                self.con(self.power(b, 2.0), [k for k in bound if k in b.labels]),
+            ]
             half = terms[ref] / 2.0
             c = abs(half)
             if squares[0] == squares[1] or any(terms.get(s) != c for s in squares):
@@ -279,7 +297,9 @@ class Builder:
             return self.number(FOLD[name](*numbers, *params))
         if name == "where" and args[1] == args[2]:
             return args[1]
-        leaves = frozenset() if name in ("detach", "gt", "ge", "lt", "le", "eq", "ne", "sign") else None
+        leaves: frozenset[int] | None = (
+            frozenset() if name in ("detach", "gt", "ge", "lt", "le", "eq", "ne", "sign") else None
+        )
         return self.make("fn", (name, params), args, self.union(args), leaves=leaves)
 
     def con(self, body: Ref, labels: Iterable[Label], *, over_batch: bool = False) -> Ref:
@@ -292,7 +312,7 @@ class Builder:
         if not present and not over_batch:
             return self.scale(float(multiplicity), body)
         if body.node.op == "add":
-            constant, coefficients = body.node.data  # type: ignore[misc]
+            constant, coefficients = body.node.data
             if not over_batch:
                 args, _ = self.open(body)
                 summed = [(c, self.con(a, present)) for c, a in zip(coefficients, args, strict=True)]
@@ -305,8 +325,8 @@ class Builder:
         if inner.node.op == "add" and not over_batch:
             return self.mul([*outside, (self.con(inner, present), 1.0)], coefficient * multiplicity)
         if inner.node.op == "con" and not inner.node.data:
-            (deeper,), bound = self.open(inner)
-            inner, present = deeper, [*present, *bound]
+            (deeper,), below = self.open(inner)
+            inner, present = deeper, [*present, *below]
         bound = [k for k in inner.labels if k in present]
         prefix = UNBATCHED if over_batch else inner.node.prefix
         out = [k for k in inner.labels if k not in bound]
@@ -319,29 +339,33 @@ class Builder:
         out = [k for k in body.labels if k not in bound]
         return self.make("amax", None, [body], out, bound, leaves=frozenset()) if bound else body
 
-    def view(self, leaf: Ref, specs: Sequence[tuple[object, ...]]) -> Ref:
+    def view(self, leaf: Ref, specs: Sequence[Spec]) -> Ref:
         """Slices, selections and gathers of a leaf, one spec an axis: ("all",), ("slice", start, step, size), ("index", k)."""
         out: list[Label] = []
         for spec, label in zip(specs, leaf.labels, strict=True):
             if spec[0] == "all":
                 out.append(label)
             elif spec[0] == "slice":
-                out.append(self.labels.new(int(spec[3])))  # type: ignore[call-overload]
+                out.append(self.labels.new(int(spec[3])))
         bound = [label for label in leaf.labels if label not in out]
         return self.make("view", tuple(specs), [leaf], out, bound)
 
-    def view_axes(self, ref: Ref, leaf: Ref | None = None) -> list[tuple[tuple[object, ...], Label, Label | None]]:
+    def view_axes(self, ref: Ref, leaf: Ref | None = None) -> list[tuple[Spec, Label, Label | None]]:
         """(spec, label of the leaf's axis, label of the view's axis or None) for each axis of the leaf under a view."""
         if leaf is None:
             (leaf,), _ = self.open(ref)
         remaining = iter(ref.labels)
-        specs: Sequence[tuple[object, ...]] = ref.node.data  # type: ignore[assignment]
-        return [(spec, label, None if spec[0] == "index" else next(remaining))
-                for spec, label in zip(specs, leaf.labels, strict=True)]
+        specs: Sequence[Spec] = ref.node.data
+        return [
+            (spec, label, None if spec[0] == "index" else next(remaining))
+            for spec, label in zip(specs, leaf.labels, strict=True)
+        ]
 
     def hold(self, ref: Ref) -> Ref:
         """The same value, opaque: a constant for differentiation, and not expanded into sums above it."""
-        return ref if ref.node.op == "call" else self.make("hold", None, [ref], ref.labels, leaves=frozenset())
+        return (
+            ref if ref.node.op == "call" else self.make("hold", None, [ref], ref.labels, leaves=frozenset())
+        )
 
     def eye(self, a: Label, b: Label) -> Ref:
         """The identity matrix over two labels of equal size."""

@@ -19,13 +19,17 @@ POINTWISE = ("prod", "add", "fn")
 
 def slope(build: Builder, ref: Ref, index: int) -> Ref:
     """Derivative of the pointwise function `ref` by its argument number `index`."""
-    name, params = ref.node.data  # type: ignore[misc]
+    name, params = ref.node.data
     args, _ = build.open(ref)
     a = args[0]
     one = build.number(1.0)
     if name == "where":
         zero = build.number(0.0)
-        return build.number(0.0) if index == 0 else build.fn("where", [a, one, zero] if index == 1 else [a, zero, one])
+        return (
+            build.number(0.0)
+            if index == 0
+            else build.fn("where", [a, one, zero] if index == 1 else [a, zero, one])
+        )
     if name == "exp":
         return ref
     if name == "log":
@@ -45,7 +49,9 @@ def slope(build: Builder, ref: Ref, index: int) -> Ref:
     if name == "atan":
         return build.power(build.add([(1.0, build.power(a, 2.0))], 1.0), -1.0)
     if name == "erf":
-        return build.scale(2.0 / math.sqrt(math.pi), build.fn("exp", [build.scale(-1.0, build.power(a, 2.0))]))
+        return build.scale(
+            2.0 / math.sqrt(math.pi), build.fn("exp", [build.scale(-1.0, build.power(a, 2.0))])
+        )
     if name == "softplus":
         return build.fn("sigmoid", [a])
     if name == "abs":
@@ -77,10 +83,10 @@ def chain(build: Builder, ref: Ref, args: tuple[Ref, ...], inner: list[Ref]) -> 
     """Sum over the arguments of (slope of `ref` by the argument) * (its own derivative `inner`)."""
     node = ref.node
     if node.op == "add":
-        _, coefficients = node.data  # type: ignore[misc]
+        _, coefficients = node.data
         return build.add(list(zip(coefficients, inner, strict=True)))
     if node.op == "prod":
-        coefficient, powers = node.data  # type: ignore[misc]
+        coefficient, powers = node.data
         terms: list[tuple[float, Ref]] = []
         for k, derivative in enumerate(inner):
             if build.is_zero(derivative):
@@ -88,7 +94,7 @@ def chain(build: Builder, ref: Ref, args: tuple[Ref, ...], inner: list[Ref]) -> 
             rest = [(a, p - 1.0 if j == k else p) for j, (a, p) in enumerate(zip(args, powers, strict=True))]
             terms.append((1.0, build.mul([*rest, (derivative, 1.0)], coefficient * powers[k])))
         return build.add(terms)
-    name, _ = node.data  # type: ignore[misc]
+    name, _ = node.data
     if not node.leaves:
         return build.number(0.0)
     if name == "where":
@@ -119,7 +125,9 @@ def sources(build: Builder, body: Ref, leaves: frozenset[int]) -> list[Ref]:
     return sorted(found, key=lambda r: (r.node.id, r.labels))
 
 
-def tangent(build: Builder, ref: Ref, directions: Mapping[int, Ref], memo: dict[Ref, Ref] | None = None) -> Ref:
+def tangent(
+    build: Builder, ref: Ref, directions: Mapping[int, Ref], memo: dict[Ref, Ref] | None = None
+) -> Ref:
     """Derivative of `ref` along `directions` (leaf id -> the direction over the leaf's own axes)."""
     memo = {} if memo is None else memo
     if ref in memo:
@@ -142,10 +150,11 @@ def tangent(build: Builder, ref: Ref, directions: Mapping[int, Ref], memo: dict[
         else:
             # the spec of each axis follows the axis, wherever the direction keeps it
             position = {label: k for k, label in enumerate(leaf.labels)}
-            specs = tuple(node.data[position[label]] for label in pushed.labels)  # type: ignore[index]
+            specs = tuple(node.data[position[label]] for label in pushed.labels)
             rows = {own: row for _, own, row in build.view_axes(ref, leaf)}
-            out = [rows[label] for label in pushed.labels if rows[label] is not None]
-            result = build.make("view", specs, [pushed], out, bound)  # type: ignore[arg-type]
+            kept = [rows[label] for label in pushed.labels]
+            out = [row for row in kept if row is not None]
+            result = build.make("view", specs, [pushed], out, bound)
     elif node.op in POINTWISE:
         args, _ = build.open(ref)
         result = chain(build, ref, args, [tangent(build, a, directions, memo) for a in args])

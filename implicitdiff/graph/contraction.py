@@ -54,8 +54,12 @@ def permuted(text: str, order: Sequence[int], prefix: int) -> str:
 
 
 def contract(
-    operands: Sequence[Operand], out: Sequence[Label], bound: Sequence[Label], over_batch: bool,
-    sizes: Mapping[Label, int], temporary: Callable[[str], str],
+    operands: Sequence[Operand],
+    out: Sequence[Label],
+    bound: Sequence[Label],
+    over_batch: bool,
+    sizes: Mapping[Label, int],
+    temporary: Callable[[str], str],
 ) -> tuple[str, tuple[Label, ...]]:
     """sum over `bound` (and the batch) of the product of `operands`: expression, and its axes."""
     work = list(operands)
@@ -155,7 +159,9 @@ def _matmul(
     return f"{left} @ {right}", (*a_only, *b_only)
 
 
-def _einsum(a: Operand, b: Operand, bound: Sequence[Label], over_batch: bool) -> tuple[str, tuple[Label, ...]]:
+def _einsum(
+    a: Operand, b: Operand, bound: Sequence[Label], over_batch: bool
+) -> tuple[str, tuple[Label, ...]]:
     letters: dict[Label, str] = {}
     for label in (*a.labels, *b.labels):
         letters.setdefault(label, opt_einsum.get_symbol(len(letters)))
@@ -163,7 +169,10 @@ def _einsum(a: Operand, b: Operand, bound: Sequence[Label], over_batch: bool) ->
     layout = tuple(k for k in letters if k not in bound)
     result = lead[max(a.prefix, b.prefix)].replace("Z", "") if over_batch else lead[max(a.prefix, b.prefix)]
     spec = ",".join(lead[o.prefix] + "".join(letters[k] for k in o.labels) for o in (a, b))
-    return f'torch.einsum("{spec}->{result}{"".join(letters[k] for k in layout)}", {a.text}, {b.text})', layout
+    return (
+        f'torch.einsum("{spec}->{result}{"".join(letters[k] for k in layout)}", {a.text}, {b.text})',
+        layout,
+    )
 
 
 def _bracketed(text: str) -> str:

@@ -60,8 +60,14 @@ class Emitter:
     # ---------------------------------------------------------------- driver
 
     def function(
-        self, name: str, arguments: Sequence[str], outputs: Sequence[Output], namespace: Mapping[str, Any],
-        preamble: Sequence[str] = (), document: str = "", first: Sequence[Ref] = (),
+        self,
+        name: str,
+        arguments: Sequence[str],
+        outputs: Sequence[Output],
+        namespace: Mapping[str, Any],
+        preamble: Sequence[str] = (),
+        document: str = "",
+        first: Sequence[Ref] = (),
     ) -> Emitted:
         """Emits `def name(*arguments)` that returns the outputs as a tuple; the refs `first` are written before them."""
         nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)])
@@ -147,8 +153,8 @@ class Emitter:
         text = operand.aligned(order)
         sizes = [self.build.labels.sizes[k] for k in order]
         if self.build.as_number(ref) is not None:
-            lead = f"*{self.like}.shape[:{prefix}], " if prefix else ""
-            return f"{self.like}.new_full(({lead}{_tuple_body(sizes)}), {text})"
+            leading = f"*{self.like}.shape[:{prefix}], " if prefix else ""
+            return f"{self.like}.new_full(({leading}{_tuple_body(sizes)}), {text})"
         if set(order) - set(operand.labels):
             lead = ["-1"] * operand.prefix
             text = f"{_bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
@@ -159,13 +165,13 @@ class Emitter:
     # ---------------------------------------------------------------- nodes
 
     def _emit_leaf(self, node: Node) -> Variable:
-        return Variable(node.data[0], node.axes)  # type: ignore[index]
+        return Variable(node.data[0], node.axes)
 
     def _emit_view(self, node: Node) -> Variable:
         (leaf,) = node.args
         inner = self.operand(leaf)
         text = []
-        specs = dict(zip(leaf.labels, node.data, strict=True))  # type: ignore[arg-type]
+        specs = dict(zip(leaf.labels, node.data, strict=True))
         row_of = {own: row for _, own, row in self.build.view_axes(Ref(node, node.axes), node.args[0])}
         layout = []
         for label in inner.labels:
@@ -183,11 +189,13 @@ class Emitter:
         return self.store(node, f"{inner.text}[..., {', '.join(text)}]", layout)
 
     def _emit_prod(self, node: Node) -> Variable:
-        coefficient, powers = node.data  # type: ignore[misc]
+        coefficient, powers = node.data
         text = self.product(coefficient, list(zip(node.args, powers, strict=True)), node.axes)
         return self.store(node, text, node.axes)
 
-    def product(self, coefficient: float, factors: Sequence[tuple[Ref, float]], order: Sequence[Label]) -> str:
+    def product(
+        self, coefficient: float, factors: Sequence[tuple[Ref, float]], order: Sequence[Label]
+    ) -> str:
         """coefficient * factors. Factors over the same labels meet first, small groups before large ones."""
         groups: dict[tuple[Label, ...], list[tuple[Operand, float]]] = {}
         for ref, power in factors:
@@ -214,7 +222,7 @@ class Emitter:
         return out
 
     def _emit_add(self, node: Node) -> Variable:
-        constant, coefficients = node.data  # type: ignore[misc]
+        constant, coefficients = node.data
         terms = sorted(zip(coefficients, node.args, strict=True), key=lambda t: t[0] != 1.0)
         text = ""
         for coefficient, ref in terms:
@@ -230,7 +238,7 @@ class Emitter:
         return self.store(node, text, node.axes)
 
     def _emit_fn(self, node: Node) -> Variable:
-        name, _ = node.data  # type: ignore[misc]
+        name, _ = node.data
         if name == "detach":
             return self._emit_hold(node)
         numbers = [self.build.as_number(a) for a in node.args]
@@ -245,12 +253,18 @@ class Emitter:
 
     def _emit_con(self, node: Node) -> Variable:
         (body,) = node.args
-        if body.node.op == "prod" and self.uses.get(body.node.id, 0) < 2 and body.node.id not in self.variables:
+        if (
+            body.node.op == "prod"
+            and self.uses.get(body.node.id, 0) < 2
+            and body.node.id not in self.variables
+        ):
             _, factors = self.build.split(body)
             operands = [self._factor_operand(ref, power) for ref, power in factors]
         else:
             operands = [self.operand(body)]
-        text, layout = contract(operands, node.axes, node.bound, bool(node.data), self.build.labels.sizes, self.temporary)
+        text, layout = contract(
+            operands, node.axes, node.bound, bool(node.data), self.build.labels.sizes, self.temporary
+        )
         return self.store(node, text, layout)
 
     def _factor_operand(self, ref: Ref, power: float) -> Operand:
@@ -258,22 +272,35 @@ class Emitter:
         if power == 1.0:
             return operand
         inverse = _inverse_power(operand.text, -power) if power < 0.0 else ""
-        text = inverse or (_power(operand.text, power) if power > 0.0 else f"{_power(operand.text, -power)}.reciprocal()")
+        text = inverse or (
+            _power(operand.text, power) if power > 0.0 else f"{_power(operand.text, -power)}.reciprocal()"
+        )
         return Operand(text, operand.labels, operand.prefix)
 
     def _emit_amax(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])
         dims = sorted(operand.labels.index(k) - len(operand.labels) for k in node.bound)
-        return self.store(node, f"{_bracket(operand.text)}.amax({_dims(dims)})",
-                          [k for k in operand.labels if k not in node.bound])
+        return self.store(
+            node,
+            f"{_bracket(operand.text)}.amax({_dims(dims)})",
+            [k for k in operand.labels if k not in node.bound],
+        )
 
     def _emit_eye(self, node: Node) -> Variable:
-        return self.store(node, f"torch.eye({node.sizes[0]}, dtype={self.like}.dtype, device={self.like}.device)", node.axes)
+        return self.store(
+            node, f"torch.eye({node.sizes[0]}, dtype={self.like}.dtype, device={self.like}.device)", node.axes
+        )
 
     def _emit_select(self, node: Node) -> Variable:
-        spec, size = node.data  # type: ignore[misc]
-        rows = str(spec[1]) if spec[0] == "index" else f"{spec[1]}:{spec[1] + spec[2] * (spec[3] - 1) + 1}:{spec[2]}"
-        return self.store(node, f"torch.eye({size}, dtype={self.like}.dtype, device={self.like}.device)[{rows}]", node.axes)
+        spec, size = node.data
+        rows = (
+            str(spec[1])
+            if spec[0] == "index"
+            else f"{spec[1]}:{spec[1] + spec[2] * (spec[3] - 1) + 1}:{spec[2]}"
+        )
+        return self.store(
+            node, f"torch.eye({size}, dtype={self.like}.dtype, device={self.like}.device)[{rows}]", node.axes
+        )
 
     def _emit_hold(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])
@@ -281,16 +308,22 @@ class Emitter:
         return Variable(operand.text, tuple(names[k] for k in operand.labels))
 
     def _emit_call(self, node: Node) -> Variable:
-        template, orders, name = node.data  # type: ignore[misc]
+        template, orders, name = node.data
         own = [*node.axes, *node.bound]
-        parts = [self.expanded(a, [own[k] for k in order], prefix) if prefix >= 0 else self.operand(a).text
-                 for a, (order, prefix) in zip(node.args, orders, strict=True)]
+        parts = [
+            self.expanded(a, [own[k] for k in order], prefix) if prefix >= 0 else self.operand(a).text
+            for a, (order, prefix) in zip(node.args, orders, strict=True)
+        ]
         taken = name is None or any(name == target for target, _ in self.lines)
         return self.store(node, template.format(*parts), node.axes, None if taken else name)
 
 
 def call(
-    build: Builder, template: str, args: Sequence[tuple[Ref, Sequence[Label], int]], out: Sequence[Label], prefix: int,
+    build: Builder,
+    template: str,
+    args: Sequence[tuple[Ref, Sequence[Label], int]],
+    out: Sequence[Label],
+    prefix: int,
     name: str | None = None,
 ) -> Ref:
     """A node that prints as `template`: {k} is argument k with the given axes and at least the given prefix.
@@ -300,8 +333,15 @@ def call(
     bound = list(dict.fromkeys(k for _, order, _ in args for k in order if k not in out))
     own = [*out, *bound]
     orders = tuple((tuple(own.index(k) for k in order), least) for _, order, least in args)
-    return build.make("call", (template, orders, name), [ref for ref, _, _ in args], out, bound, prefix=prefix,
-                      leaves=frozenset())
+    return build.make(
+        "call",
+        (template, orders, name),
+        [ref for ref, _, _ in args],
+        out,
+        bound,
+        prefix=prefix,
+        leaves=frozenset(),
+    )
 
 
 def _words(text: str) -> set[str]:

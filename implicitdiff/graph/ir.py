@@ -8,8 +8,9 @@ of one node. The batch is no axis: `prefix` says whether a value carries it in f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 Label = int
 
@@ -31,7 +32,7 @@ class Node:
 
     id: int
     op: str
-    data: Hashable
+    data: Any
     args: tuple[Ref, ...]
     axes: tuple[Label, ...]
     bound: tuple[Label, ...]
@@ -68,11 +69,11 @@ class Labels:
     """Hands out labels and remembers their sizes."""
 
     sizes: dict[Label, int] = field(default_factory=dict)
-    counter: Iterable[int] = field(default_factory=itertools.count)
+    counter: Iterator[int] = field(default_factory=itertools.count)
 
     def new(self, size: int) -> Label:
         """A label never used before, for an axis of `size` entries."""
-        label = next(self.counter)  # type: ignore[call-overload]
+        label = next(self.counter)
         self.sizes[label] = size
         return label
 

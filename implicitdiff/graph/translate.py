@@ -108,7 +108,9 @@ def identifiers(names: list[str]) -> list[str]:
     return out
 
 
-RESERVED = re.compile(r"(?:lam|v|v_lam|rhs_u|rhs_h|t|constant_)\d*|w|s|kkt|factor|schur|shift|null_vectors|torch|operators|solvers|saddle")
+RESERVED = re.compile(
+    r"(?:lam|v|v_lam|rhs_u|rhs_h|t|constant_)\d*|w|s|kkt|factor|schur|shift|null_vectors|torch|operators|solvers|saddle"
+)
 """Names that the emitted code uses itself."""
 
 
@@ -180,11 +182,13 @@ class _Translator:
         try:
             if rule_for is not None:
                 return rule_for(self, *args, **kwargs)
-            if not node.all_input_nodes:
+            if not node.all_input_nodes and callable(node.target):
                 return self.constant(node.target(*node.args, **node.kwargs))
             raise Unsupported("no rule for this operation")
         except Unsupported as error:
-            raise Unsupported(error.reason, error.operation or operation_name(node), error.line or function.line(node)) from error
+            raise Unsupported(
+                error.reason, error.operation or operation_name(node), error.line or function.line(node)
+            ) from error
         except (TypeError, IndexError, KeyError, AttributeError) as error:
             # a rule met an argument it was not written for (a concatenation, an option): not covered
             reason = f"arguments not covered ({type(error).__name__}: {error})"

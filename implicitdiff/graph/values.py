@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from implicitdiff.graph.build import Builder
+from implicitdiff.graph.build import Builder, Spec
 from implicitdiff.graph.ir import Label, Ref, Unsupported
 
 Dimension = tuple[Label, ...]
@@ -39,7 +39,7 @@ def feeders(build: Builder, ref: Ref, label: Label) -> set[tuple[str, int]]:
     if label not in ref.labels:
         return set()
     if ref.node.op == "leaf":
-        return {(ref.node.data[0], ref.labels.index(label))}  # type: ignore[index]
+        return {(ref.node.data[0], ref.labels.index(label))}
     if ref.node.op not in ("prod", "add", "fn", "con", "amax"):
         raise Unsupported(f"an axis of a {ref.node.op} cannot be split")
     found: set[tuple[str, int]] = set()
@@ -90,6 +90,7 @@ def match(build: Builder, ours: Dimension, theirs: Dimension, values: Sequence[V
 
 def common_parts(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
     """The coarsest factorisation of a size that refines both `a` and `b`, if there is one."""
+
     def cuts(parts: Sequence[int]) -> list[int]:
         out, total = [], 1
         for part in reversed(parts):
@@ -142,10 +143,12 @@ def reshaped(build: Builder, value: Value, new_shape: Sequence[int]) -> Value:
                 continue
             need = wanted // have
             if wanted % have or sizes[label] % need:
-                raise Unsupported(f"view from {shape(build, value)} to {tuple(new_shape)} cuts across dimensions")
+                raise Unsupported(
+                    f"view from {shape(build, value)} to {tuple(new_shape)} cuts across dimensions"
+                )
             rest = sizes[label] // need
             if label in value.ref.labels:
-                requests.update({axis: (need, rest) for axis in feeders(build, value.ref, label)})
+                requests.update(dict.fromkeys(feeders(build, value.ref, label), (need, rest)))
             first, second = build.labels.new(need), build.labels.new(rest)
             dim.append(first)
             have *= need
@@ -156,7 +159,7 @@ def reshaped(build: Builder, value: Value, new_shape: Sequence[int]) -> Value:
     return Value(value.ref, tuple(dims))
 
 
-def restricted(build: Builder, ref: Ref, label: Label, spec: tuple[object, ...], new: Label | None) -> Ref:
+def restricted(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | None) -> Ref:
     """A slice (or one entry, `new` None) of an expression along `label`: the same expression of sliced leaves."""
     if label not in ref.labels:
         return ref
@@ -165,19 +168,20 @@ def restricted(build: Builder, ref: Ref, label: Label, spec: tuple[object, ...],
         position = ref.labels.index(label)
         specs = [spec if k == position else ("all",) for k in range(len(ref.labels))]
         made = build.view(ref, specs)
-        return Ref(made.node, tuple(k if k in ref.labels else new for k in made.labels))  # type: ignore[arg-type]
+        names = [k if k in ref.labels else new for k in made.labels]
+        return Ref(made.node, tuple(k for k in names if k is not None))
     if node.op == "view":
         return _view_of_view(build, ref, label, spec, new)
     args, bound = build.open(ref)
     inner = [restricted(build, a, label, spec, new) for a in args]
     if node.op == "prod":
-        coefficient, powers = node.data  # type: ignore[misc]
+        coefficient, powers = node.data
         return build.mul(list(zip(inner, powers, strict=True)), coefficient)
     if node.op == "add":
-        constant, coefficients = node.data  # type: ignore[misc]
+        constant, coefficients = node.data
         return build.add(list(zip(coefficients, inner, strict=True)), constant)
     if node.op == "fn":
-        name, params = node.data  # type: ignore[misc]
+        name, params = node.data
         return build.fn(name, inner, params)
     if node.op == "con":
         return build.con(inner[0], bound)
@@ -186,20 +190,20 @@ def restricted(build: Builder, ref: Ref, label: Label, spec: tuple[object, ...],
     raise Unsupported(f"a slice of a {node.op} has no rule")
 
 
-def _view_of_view(build: Builder, ref: Ref, label: Label, spec: tuple[object, ...], new: Label | None) -> Ref:
+def _view_of_view(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | None) -> Ref:
     """Slices of slices compose: start and step multiply through."""
-    specs: list[tuple[object, ...]] = []
+    specs: list[Spec] = []
     names: list[Label | None] = []
     for old, _, row in build.view_axes(ref):
         if row != label:
             specs.append(old)
             names.append(row)
             continue
-        start, step = (0, 1) if old[0] == "all" else (int(old[1]), int(old[2]))  # type: ignore[call-overload]
+        start, step = (0, 1) if old[0] == "all" else (int(old[1]), int(old[2]))
         if spec[0] == "index":
-            specs.append(("index", start + step * int(spec[1])))  # type: ignore[call-overload]
+            specs.append(("index", start + step * int(spec[1])))
         else:
-            specs.append(("slice", start + step * int(spec[1]), step * int(spec[2]), spec[3]))  # type: ignore[call-overload]
+            specs.append(("slice", start + step * int(spec[1]), step * int(spec[2]), spec[3]))
         names.append(new)
     (leaf,), _ = build.open(ref)
     made = build.view(leaf, specs)

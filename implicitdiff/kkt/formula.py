@@ -23,8 +23,9 @@ class Steps(Generic[X, Y]):
     constrain: Callable[[X], Y]
     spread: Callable[[Y], X]
     schur: Callable[[Y], Y]
-    add: Callable[..., X | Y] | Callable[..., object]
-    negate: Callable[..., object]
+    add_x: Callable[[X, X], X]
+    add_y: Callable[[Y, Y], Y]
+    negate: Callable[[Y], Y]
 
 
 def range_space(steps: Steps[X, Y], a: X, b: Y) -> tuple[X, Y]:
@@ -32,6 +33,6 @@ def range_space(steps: Steps[X, Y], a: X, b: Y) -> tuple[X, Y]:
 
     Gould et al. (2022), Eqn. 3, evaluated from the left for given right-hand sides.
     """
-    s = steps.schur(steps.negate(steps.add(b, steps.constrain(steps.inverse(a)))))  # type: ignore[arg-type]
-    w = steps.inverse(steps.add(a, steps.spread(s)))  # type: ignore[arg-type]
+    s = steps.schur(steps.negate(steps.add_y(b, steps.constrain(steps.inverse(a)))))
+    w = steps.inverse(steps.add_x(a, steps.spread(s)))
     return w, s

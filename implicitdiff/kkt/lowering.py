@@ -26,7 +26,9 @@ def flat_text(sizes: Sequence[Sequence[int]]) -> str:
     return parts[0] if len(parts) == 1 else f"saddle.beside({', '.join(parts)})"
 
 
-def pack(build: Builder, space: Space, refs: Sequence[Ref], side: Sequence[Sequence[Label]], prefix: int) -> Ref:
+def pack(
+    build: Builder, space: Space, refs: Sequence[Ref], side: Sequence[Sequence[Label]], prefix: int
+) -> Ref:
     """The blocks joined to a flat vector, over one label."""
     out = build.labels.new(space.size)
     args = [(ref, tuple(labels), prefix) for ref, labels in zip(refs, side, strict=True)]
@@ -37,7 +39,9 @@ def pack(build: Builder, space: Space, refs: Sequence[Ref], side: Sequence[Seque
     return call(build, flat_text(space.sizes), [(r, labels, prefix) for r, labels, _ in args], (out,), prefix)
 
 
-def unpack(build: Builder, space: Space, flat: Ref, side: Sequence[Sequence[Label]], names: Sequence[str | None]) -> list[Ref]:
+def unpack(
+    build: Builder, space: Space, flat: Ref, side: Sequence[Sequence[Label]], names: Sequence[str | None]
+) -> list[Ref]:
     """A flat vector as the blocks with their own axes."""
     if len(space.sizes) == 1 and len(space.sizes[0]) == 1:
         return [flat.rename({flat.labels[0]: side[0][0]})]
@@ -47,15 +51,23 @@ def unpack(build: Builder, space: Space, flat: Ref, side: Sequence[Sequence[Labe
         text = "{0}" if len(space.sizes) == 1 else f"{{0}}[..., {start}:{end}]"
         if len(axes) != 1:
             text = f"{text}[..., 0]" if not axes else f"{text}.unflatten(-1, ({', '.join(map(str, axes))}))"
-        refs.append(call(build, text, [(flat, flat.labels, flat.node.prefix)], side[k], flat.node.prefix, names[k]))
+        refs.append(
+            call(build, text, [(flat, flat.labels, flat.node.prefix)], side[k], flat.node.prefix, names[k])
+        )
         start = end
     return refs
 
 
 def solve(build: Builder, factor: Ref, rhs: Ref, name: str | None = None) -> Ref:
     """factor.solve(rhs) for a flat right-hand side."""
-    return call(build, "{0}.solve({1})", [(factor, (), -1), (rhs, rhs.labels, max(rhs.node.prefix, BATCHED))],
-                rhs.labels, max(rhs.node.prefix, BATCHED), name)
+    return call(
+        build,
+        "{0}.solve({1})",
+        [(factor, (), -1), (rhs, rhs.labels, max(rhs.node.prefix, BATCHED))],
+        rhs.labels,
+        max(rhs.node.prefix, BATCHED),
+        name,
+    )
 
 
 def factorised(build: Builder, operator: Ref, solver: str, name: str) -> Ref:
@@ -113,17 +125,26 @@ def like(build: Builder) -> Ref:
 def dense_matrix(build: Builder, form: Form) -> Ref:
     """The whole matrix (B, m, m), over two labels."""
     space = form.space
-    return joined(build, [[(form.grid[a][b], space.rows[a], space.columns[b], (space.entries(a),
-    space.entries(b)))
-                           for b in range(len(space.names))] for a in range(len(space.names))])
+    return joined(
+        build,
+        [
+            [
+                (form.grid[a][b], space.rows[a], space.columns[b], (space.entries(a), space.entries(b)))
+                for b in range(len(space.names))
+            ]
+            for a in range(len(space.names))
+        ],
+    )
 
 
 def joined(
     build: Builder, cells: Sequence[Sequence[tuple[Entry, Sequence[Label], Sequence[Label], tuple[int, int]]]]
 ) -> Ref:
     """A grid of entries as one matrix over two labels."""
-    out = (build.labels.new(sum(row[0][3][0] for row in cells)), build.labels.new(sum(c[3][1] for c in
-    cells[0])))
+    out = (
+        build.labels.new(sum(row[0][3][0] for row in cells)),
+        build.labels.new(sum(c[3][1] for c in cells[0])),
+    )
     args: list[tuple[Ref, Sequence[Label], int]] = []
     rows = []
     for row in cells:
@@ -147,11 +168,19 @@ def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
     kind = form.kind if kind is None else kind
     space = form.space
     if kind == "zero":
-        return call(build, f"operators.ScaledIdentity({{0}}.new_zeros(1), {space.size})", [(like(build), (), UNBATCHED)], (), BATCHED)
+        return call(
+            build,
+            f"operators.ScaledIdentity({{0}}.new_zeros(1), {space.size})",
+            [(like(build), (), UNBATCHED)],
+            (),
+            BATCHED,
+        )
     if kind == "scaled-identity":
         scale = form.entry.diagonal
         assert scale is not None
-        return call(build, f"operators.ScaledIdentity({{0}}, {space.size})", [(scale, (), BATCHED)], (), BATCHED)
+        return call(
+            build, f"operators.ScaledIdentity({{0}}, {space.size})", [(scale, (), BATCHED)], (), BATCHED
+        )
     if kind == "diagonal":
         refs = [form.grid[k][k].diagonal for k in range(len(space.names))]
         args = [(ref, space.rows[k], BATCHED) for k, ref in enumerate(refs) if ref is not None]
@@ -179,8 +208,13 @@ def _block_diagonal(build: Builder, form: Form) -> Ref:
     if len(inside) > 1:
         text = f"saddle.matrix({text}, {len(inside)}, {len(inside)})"
     sizes = form.space.sizes[0]
-    return call(build, f"operators.BlockDiagonal({text}, {tuple(sizes)}, {tuple(shared)})",
-                [(build.plus(*pieces), order, BATCHED)], (), BATCHED)
+    return call(
+        build,
+        f"operators.BlockDiagonal({text}, {tuple(sizes)}, {tuple(shared)})",
+        [(build.plus(*pieces), order, BATCHED)],
+        (),
+        BATCHED,
+    )
 
 
 def _low_rank(build: Builder, form: Form) -> Ref:
@@ -235,8 +269,11 @@ def rank_of(build: Builder, form: Form) -> int:
     return total
 
 
-def meta_operator(build: Builder, form: Form, kind: str, dtype: torch.dtype, batch: int = 1) -> operators.LinearOperator:
+def meta_operator(
+    build: Builder, form: Form, kind: str, dtype: torch.dtype, batch: int = 1
+) -> operators.LinearOperator:
     """An operator of the same shapes without data: what the cost model looks at."""
+
     def empty(*sizes: int) -> torch.Tensor:
         return torch.empty(batch, *sizes, dtype=dtype, device="meta")
 
@@ -250,8 +287,9 @@ def meta_operator(build: Builder, form: Form, kind: str, dtype: torch.dtype, bat
         inside = 1
         for k, s in enumerate(sizes):
             inside *= 1 if k in form.shared else s
-        return operators.BlockDiagonal(empty(size // inside, inside, inside), tuple(sizes),
-        tuple(sorted(form.shared)))
+        return operators.BlockDiagonal(
+            empty(size // inside, inside, inside), tuple(sizes), tuple(sorted(form.shared))
+        )
     if kind == "low-rank-plus-diagonal":
         k = rank_of(build, form)
         entry = form.entry

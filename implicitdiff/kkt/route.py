@@ -52,13 +52,21 @@ def pairs_through(declared: Declared, inverse: dict[int, Ref] | None) -> list[Co
             for a in first.terms:
                 for b in second.terms:
                     if a.leaf.id == b.leaf.id:
-                        out.append(_pair(build, (i, j), first.labels, tuple(own.values()), a, b, own, inverse))
+                        out.append(
+                            _pair(build, (i, j), first.labels, tuple(own.values()), a, b, own, inverse)
+                        )
     return out
 
 
 def _pair(
-    build: Builder, block: tuple[int, int], rows: tuple[Label, ...], columns: tuple[Label, ...], a: JacobianTerm,
-    b: JacobianTerm, own: dict[Label, Label], inverse: dict[int, Ref] | None,
+    build: Builder,
+    block: tuple[int, int],
+    rows: tuple[Label, ...],
+    columns: tuple[Label, ...],
+    a: JacobianTerm,
+    b: JacobianTerm,
+    own: dict[Label, Label],
+    inverse: dict[int, Ref] | None,
 ) -> Contribution:
     """One product of two terms of A: columns of the variable that both leave free are summed."""
     hidden = build.labels.fresh(k for k in b.columns if k not in own)
@@ -106,16 +114,29 @@ class RouteFinder:
         dependent = dependence.find(build, self.declared.rows()) if constrained else None
         base = Route("unconstrained", form, form.kind, "Divide", None, "", (), 1.0, dependent, "divide", ())
         if constrained and (full or linear_solver in ("lu", "ldl") or self._surely_singular(form)):
-            reason = "asked for" if linear_solver in ("lu", "ldl") else "H has no curvature for some variable: S does not exist"
+            reason = (
+                "asked for"
+                if linear_solver in ("lu", "ldl")
+                else "H has no curvature for some variable: S does not exist"
+            )
             rejected = () if linear_solver in ("lu", "ldl") else (("schur", reason),)
-            return replace(base, name="full", solver="ldl" if linear_solver == "ldl" else "lu", rejected=rejected)
+            return replace(
+                base, name="full", solver="ldl" if linear_solver == "ldl" else "lu", rejected=rejected
+            )
         if constrained and diagonal:
             return self._range_space(base, linear_solver)
         if diagonal and linear_solver in ("auto", "divide"):
             return base
-        kind, choice = self._hessian_solver(form, "auto" if linear_solver == "schur" and constrained else linear_solver)
-        base = replace(base, hessian_kind=kind, hessian_solver=type(choice.solver).__name__,
-                       solver=choice.solver.name, rejected=tuple(choice.rejected))
+        kind, choice = self._hessian_solver(
+            form, "auto" if linear_solver == "schur" and constrained else linear_solver
+        )
+        base = replace(
+            base,
+            hessian_kind=kind,
+            hessian_solver=type(choice.solver).__name__,
+            solver=choice.solver.name,
+            rejected=tuple(choice.rejected),
+        )
         return replace(base, name="numeric", solver="schur") if constrained else base
 
     def _range_space(self, base: Route, linear_solver: str) -> Route:
@@ -130,10 +151,19 @@ class RouteFinder:
         name = next(iter(found)) if linear_solver in ("auto", "schur") else linear_solver
         if name not in found:
             known = ", ".join([*found, "lu", "ldl"])
-            raise OptionError(f"linear_solver={linear_solver!r} does not fit: H is {base.hessian.kind} and "
-                              f"S = A H^-1 A' is {schur.kind}; choose auto, {known}")
-        return replace(base, name="range-space", schur=schur, schur_solver=found[name], common=common,
-                       common_coefficient=coefficient, solver=name)
+            raise OptionError(
+                f"linear_solver={linear_solver!r} does not fit: H is {base.hessian.kind} and "
+                f"S = A H^-1 A' is {schur.kind}; choose auto, {known}"
+            )
+        return replace(
+            base,
+            name="range-space",
+            schur=schur,
+            schur_solver=found[name],
+            common=common,
+            common_coefficient=coefficient,
+            solver=name,
+        )
 
     def _hessian_solver(self, form: Form, linear_solver: str) -> tuple[str, solvers.Choice]:
         operator = lowering.meta_operator(self.build, form, form.kind, self.dtype)
@@ -154,7 +184,11 @@ class RouteFinder:
         schur = classify(build, space, pairs_through(self.declared, inverse))
         if len(space.names) > 1 and schur.kind not in ("diagonal", "scaled-identity", "zero"):
             corners = sum(schur.grid[k][k].is_diagonal for k in range(len(space.names)))
-            schur = replace(schur, kind="block", reason=f"one block row per constraint, {corners} of {len(space.names)} corners diagonal")
+            schur = replace(
+                schur,
+                kind="block",
+                reason=f"one block row per constraint, {corners} of {len(space.names)} corners diagonal",
+            )
         common, coefficient = self._common(schur)
         if not common and coefficient == 1.0:
             return schur, (), 1.0
@@ -192,13 +226,16 @@ class RouteFinder:
 
 def _scaled(build: Builder, form: Form, factors: Sequence[Factor], coefficient: float) -> Form:
     """A form with every block multiplied by a label-free factor."""
+
     def times(ref: Ref) -> Ref:
         return build.mul([(ref, 1.0), *factors], coefficient)
 
     def entry(e: Entry) -> Entry:
         return Entry(
-            None if e.diagonal is None else times(e.diagonal), tuple((axes, times(r)) for axes, r in e.partial),
-            tuple(replace(t, weights=times(t.weights)) for t in e.low_rank), tuple(times(r) for r in e.dense),
+            None if e.diagonal is None else times(e.diagonal),
+            tuple((axes, times(r)) for axes, r in e.partial),
+            tuple(replace(t, weights=times(t.weights)) for t in e.low_rank),
+            tuple(times(r) for r in e.dense),
         )
 
     return replace(form, grid=tuple(tuple(entry(e) for e in row) for row in form.grid))

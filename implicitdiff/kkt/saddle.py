@@ -83,7 +83,8 @@ class RangeSpace:
             constrain=lambda x: (self.jacobian @ x[..., None])[..., 0],
             spread=lambda y: (y[..., None, :] @ self.jacobian)[..., 0, :],
             schur=self.schur.solve,
-            add=torch.add,
+            add_x=torch.add,
+            add_y=torch.add,
             negate=torch.neg,
         )
         return range_space(steps, a, b)

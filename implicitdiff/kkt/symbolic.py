@@ -25,7 +25,13 @@ class SymbolicKKT:
     """Builds refs of KKT solves along one route."""
 
     def __init__(
-        self, declared: Declared, form: Form, linear_solver: str, dtype: torch.dtype, *, full: bool = False,
+        self,
+        declared: Declared,
+        form: Form,
+        linear_solver: str,
+        dtype: torch.dtype,
+        *,
+        full: bool = False,
         identity: bool = False,
     ) -> None:
         self.declared, self.build, self.identity = declared, declared.build, identity
@@ -46,11 +52,15 @@ class SymbolicKKT:
         space = form.space
         operator = lowering.operator(build, form)
         flat = lowering.pack(build, space, w, space.rows, STACKED)
-        multiplied = call(build, "{0}.matvec({1})", [(operator, (), -1), (flat, flat.labels, STACKED)], flat.labels, STACKED)
+        multiplied = call(
+            build, "{0}.matvec({1})", [(operator, (), -1), (flat, flat.labels, STACKED)], flat.labels, STACKED
+        )
         parts = lowering.unpack(build, space, multiplied, space.rows, [None] * len(space.names))
         pulled = self._spread(s)
-        return ([build.minus(p, q) for p, q in zip(parts, pulled, strict=True)],
-                [build.scale(-1.0, x) for x in self._constrain(w)])
+        return (
+            [build.minus(p, q) for p, q in zip(parts, pulled, strict=True)],
+            [build.scale(-1.0, x) for x in self._constrain(w)],
+        )
 
     def least_squares(self, slope: Refs) -> tuple[Refs, Ref]:
         """lam with A A' lam = A slope (for the route of the identity), and its status."""
@@ -63,14 +73,22 @@ class SymbolicKKT:
             refs = []
             for k, ref in enumerate(a):
                 diagonal = form.grid[k][k].diagonal
-                refs.append(ref if self.identity or diagonal is None else build.mul([(diagonal, -1.0), (ref, 1.0)]))
+                refs.append(
+                    ref if self.identity or diagonal is None else build.mul([(diagonal, -1.0), (ref, 1.0)])
+                )
             return refs, []
         space = form.space
         factor = lowering.factorised(
-            build, lowering.operator(build, form, self.route.hessian_kind), self.route.hessian_solver, "factor")
+            build,
+            lowering.operator(build, form, self.route.hessian_kind),
+            self.route.hessian_solver,
+            "factor",
+        )
         rhs = lowering.pack(build, space, a, space.rows, prefix)
         flat = lowering.solve(build, factor, rhs, name)
-        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), [lowering.status_of(build, factor)]
+        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), [
+            lowering.status_of(build, factor)
+        ]
 
     def _range_space(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
         build = self.build
@@ -81,12 +99,16 @@ class SymbolicKKT:
             status.append(verdict)
             return solution
 
+        def add(x: Refs, y: Refs) -> Refs:
+            return [build.plus(p, q) for p, q in zip(x, y, strict=True)]
+
         steps: Steps[Refs, Refs] = Steps(
             inverse=lambda x: self._inverse(x, prefix)[0],
             constrain=self._constrain,
             spread=self._spread,
             schur=schur,
-            add=lambda x, y: [build.plus(p, q) for p, q in zip(x, y, strict=True)],
+            add_x=add,
+            add_y=add,
             negate=lambda x: [build.scale(-1.0, p) for p in x],
         )
         w, s = range_space(steps, a, b)
@@ -132,7 +154,9 @@ class SymbolicKKT:
         scaled = [build.mul([(r, 1.0), *inverse], 1.0 / route.common_coefficient) for r in rhs]
         factor = lowering.factorised(build, self._schur_operator(form), route.schur_solver, "schur")
         flat = lowering.solve(build, factor, lowering.pack(build, space, scaled, space.rows, prefix))
-        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), lowering.status_of(build, factor)
+        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), lowering.status_of(
+            build, factor
+        )
 
     def _schur_operator(self, form: Form) -> Ref:
         build, space = self.build, form.space
@@ -163,11 +187,15 @@ class SymbolicKKT:
         if entry.empty and i != j:
             return None
         if i == j and entry.is_diagonal:
-            text = f"operators.Diagonal({lowering.flat_text([space.sizes[i]])})".replace("{0}", f"{{{len(args)}}}")
+            text = f"operators.Diagonal({lowering.flat_text([space.sizes[i]])})".replace(
+                "{0}", f"{{{len(args)}}}"
+            )
             assert entry.diagonal is not None
             args.append((entry.diagonal, space.rows[i], BATCHED))
             return text
-        text, own = lowering.dense_block(build, entry, space.rows[i], space.columns[j], (space.entries(i), space.entries(j)))
+        text, own = lowering.dense_block(
+            build, entry, space.rows[i], space.columns[j], (space.entries(i), space.entries(j))
+        )
         for k in reversed(range(len(own))):
             text = text.replace(f"{{{k}}}", f"{{{len(args) + k}}}")
         args.extend(own)
@@ -180,24 +208,47 @@ class SymbolicKKT:
         if self.route.name == "full":
             hessian = lowering.dense_matrix(build, self.route.hessian)
             option = ", ldl=True" if self.route.solver == "ldl" else ""
-            solver = call(build, f"saddle.FullKKT({{0}}, {{1}}{option})",
-                          [(hessian, hessian.labels, BATCHED), (jacobian, jacobian.labels, BATCHED)], (), BATCHED, "kkt")
+            solver = call(
+                build,
+                f"saddle.FullKKT({{0}}, {{1}}{option})",
+                [(hessian, hessian.labels, BATCHED), (jacobian, jacobian.labels, BATCHED)],
+                (),
+                BATCHED,
+                "kkt",
+            )
         else:
             factor = lowering.factorised(
-                build, lowering.operator(build, self.route.hessian, self.route.hessian_kind), self.route.hessian_solver, "factor")
+                build,
+                lowering.operator(build, self.route.hessian, self.route.hessian_kind),
+                self.route.hessian_solver,
+                "factor",
+            )
             null = ", null_vectors" if self.route.dependent is not None else ""
-            solver = call(build, f"saddle.RangeSpace({{0}}, {{1}}{null})", [(factor, (), -1), (jacobian, jacobian.labels, BATCHED)], (),
-                          BATCHED, "kkt")
+            solver = call(
+                build,
+                f"saddle.RangeSpace({{0}}, {{1}}{null})",
+                [(factor, (), -1), (jacobian, jacobian.labels, BATCHED)],
+                (),
+                BATCHED,
+                "kkt",
+            )
         flat_a = lowering.pack(build, space, a, space.rows, prefix)
         flat_b = lowering.pack(build, rows, b, rows.rows, prefix)
-        both = call(build, "{0}.solve({1}, {2})", [(solver, (), -1), (flat_a, flat_a.labels, prefix), (flat_b, flat_b.labels, prefix)],
-                    (), prefix)
+        both = call(
+            build,
+            "{0}.solve({1}, {2})",
+            [(solver, (), -1), (flat_a, flat_a.labels, prefix), (flat_b, flat_b.labels, prefix)],
+            (),
+            prefix,
+        )
         out_w, out_s = build.labels.new(space.size), build.labels.new(rows.size)
         w = call(build, "{0}[0]", [(both, (), -1)], (out_w,), prefix, "w")
         s = call(build, "{0}[1]", [(both, (), -1)], (out_s,), prefix, "s")
-        return (lowering.unpack(build, space, w, space.rows, [None] * len(space.names)),
-                lowering.unpack(build, rows, s, rows.rows, [None] * len(rows.names)),
-                [lowering.status_of(build, solver)])
+        return (
+            lowering.unpack(build, space, w, space.rows, [None] * len(space.names)),
+            lowering.unpack(build, rows, s, rows.rows, [None] * len(rows.names)),
+            [lowering.status_of(build, solver)],
+        )
 
 
 def jacobian_matrix(declared: Declared, columns: Sequence[tuple[Label, ...]]) -> Ref:

@@ -42,10 +42,16 @@ def entry_of(build: Builder, space: Space, block: tuple[int, int], terms: Sequen
     diagonal = build.plus(*parts.diagonal) if parts.diagonal else None
     if diagonal is not None and build.is_zero(diagonal):
         diagonal = None
-    partial = tuple((axes, build.plus(*refs)) for axes, refs in sorted(parts.partial.items(), key=lambda p: sorted(p[0])))
+    partial = tuple(
+        (axes, build.plus(*refs)) for axes, refs in sorted(parts.partial.items(), key=lambda p: sorted(p[0]))
+    )
     dense = build.plus(*parts.dense) if parts.dense else None
-    return Entry(diagonal, tuple(p for p in partial if not build.is_zero(p[1])), _merged(build, parts.low_rank),
-                 () if dense is None or build.is_zero(dense) else (dense,))
+    return Entry(
+        diagonal,
+        tuple(p for p in partial if not build.is_zero(p[1])),
+        _merged(build, parts.low_rank),
+        () if dense is None or build.is_zero(dense) else (dense,),
+    )
 
 
 def _place(build: Builder, space: Space, block: tuple[int, int], term: Contribution, parts: _Parts) -> None:
@@ -67,7 +73,9 @@ def _place(build: Builder, space: Space, block: tuple[int, int], term: Contribut
     if not extra and len(shared) == len(columns) and block[0] == block[1]:
         parts.diagonal.append(build.con(product, term.summed))
     elif extra:
-        parts.dense.append(_with_deltas(build, build.times(build.con(product, term.summed), *extra), rows, columns, shared))
+        parts.dense.append(
+            _with_deltas(build, build.times(build.con(product, term.summed), *extra), rows, columns, shared)
+        )
     elif shared:
         parts.partial.setdefault(frozenset(shared), []).append(build.con(product, term.summed))
     else:
@@ -78,11 +86,15 @@ def _place(build: Builder, space: Space, block: tuple[int, int], term: Contribut
             parts.low_rank.append(found)
 
 
-def _with_deltas(build: Builder, ref: Ref, rows: Sequence[Label], columns: Sequence[Label], shared: set[int]) -> Ref:
+def _with_deltas(
+    build: Builder, ref: Ref, rows: Sequence[Label], columns: Sequence[Label], shared: set[int]
+) -> Ref:
     return build.times(ref, *(build.eye(rows[k], columns[k]) for k in sorted(shared)))
 
 
-def _separate(build: Builder, product: Ref, rows: set[Label], columns: set[Label], summed: Sequence[Label]) -> LowRankTerm | None:
+def _separate(
+    build: Builder, product: Ref, rows: set[Label], columns: set[Label], summed: Sequence[Label]
+) -> LowRankTerm | None:
     """product = left * weights * right with no factor on both sides, or None."""
     coefficient, factors = build.split(product)
     left = [f for f in factors if rows & set(f[0].labels)]
@@ -118,9 +130,12 @@ def _merged(build: Builder, terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, 
     for term in terms:
         for k, known in enumerate(out):
             names = dict(zip(term.rank, known.rank, strict=False))
-            if (len(term.rank) == len(known.rank)
-                    and [build.labels.sizes[a] for a in term.rank] == [build.labels.sizes[a] for a in known.rank]
-                    and term.left.rename(names) == known.left and term.right.rename(names) == known.right):
+            if (
+                len(term.rank) == len(known.rank)
+                and [build.labels.sizes[a] for a in term.rank] == [build.labels.sizes[a] for a in known.rank]
+                and term.left.rename(names) == known.left
+                and term.right.rename(names) == known.right
+            ):
                 weights = build.plus(known.weights, term.weights.rename(names))
                 out[k] = LowRankTerm(known.left, weights, known.right, known.rank)
                 break
@@ -140,12 +155,19 @@ def classify(build: Builder, space: Space, terms: Sequence[Contribution]) -> For
         return Form(space, grid, "zero", "no term depends on two derivatives by the variables")
     coupled = any(not grid[a][b].empty for a in range(count) for b in range(count) if a != b)
     if not coupled and all(grid[k][k].is_diagonal for k in range(count)):
-        scalars = {grid[k][k].diagonal for k in range(count)}
-        if len(scalars) == 1 and not next(iter(scalars)).labels:  # type: ignore[union-attr]
-            return Form(space, grid, "scaled-identity", "every term ties all axes, with one coefficient for all entries")
+        scalars = {d for k in range(count) if (d := grid[k][k].diagonal) is not None}
+        if len(scalars) == 1 and not next(iter(scalars)).labels:
+            return Form(
+                space,
+                grid,
+                "scaled-identity",
+                "every term ties all axes, with one coefficient for all entries",
+            )
         return Form(space, grid, "diagonal", "every term ties all axes of the variable to themselves")
     if count > 1:
-        reason = "several variables, coupled" if coupled else "several variables, not coupled: one matrix each"
+        reason = (
+            "several variables, coupled" if coupled else "several variables, not coupled: one matrix each"
+        )
         return Form(space, grid, "block", reason)
     return _single(build, space, grid)
 
@@ -156,13 +178,25 @@ def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -
     if ties and not entry.low_rank and not entry.dense:
         common = frozenset.intersection(*ties)
         if common:
-            return Form(space, grid, "block-diagonal",
-                        f"every term ties axis {', '.join(map(str, sorted(common)))} of the variable to itself", common)
+            return Form(
+                space,
+                grid,
+                "block-diagonal",
+                f"every term ties axis {', '.join(map(str, sorted(common)))} of the variable to itself",
+                common,
+            )
     if entry.dense:
         return Form(space, grid, "dense", "a factor depends on rows and columns at once")
     if entry.partial:
         return Form(space, grid, "dense", "terms tie different axes")
-    rank = " + ".join("1" if not t.rank else "*".join(str(build.labels.sizes[k]) for k in t.rank) for t in entry.low_rank)
+    rank = " + ".join(
+        "1" if not t.rank else "*".join(str(build.labels.sizes[k]) for k in t.rank) for t in entry.low_rank
+    )
     if entry.diagonal is None:
         return Form(space, grid, "dense", f"a product form of rank {rank} without a diagonal part")
-    return Form(space, grid, "low-rank-plus-diagonal", f"a diagonal part, and terms that split into a row and a column side: rank {rank}")
+    return Form(
+        space,
+        grid,
+        "low-rank-plus-diagonal",
+        f"a diagonal part, and terms that split into a row and a column side: rank {rank}",
+    )

@@ -80,7 +80,10 @@ def find(build: Builder, constraints: Sequence[Constraint]) -> Dependence | None
 
 
 def _signature(
-    build: Builder, constraint: Constraint, subset: tuple[int, ...], canonical: dict[tuple[str, int, int], Label]
+    build: Builder,
+    constraint: Constraint,
+    subset: tuple[int, ...],
+    canonical: dict[tuple[str, int, int], Label],
 ) -> tuple[object, float] | None:
     """The Jacobian summed over the axes `subset`, as something comparable, and the factor divided out."""
     summed = [constraint.labels[k] for k in subset]
@@ -89,7 +92,7 @@ def _signature(
     for position, label in enumerate(remaining):
         key = ("axis", position, build.labels.sizes[label])
         names[label] = canonical.setdefault(key, build.labels.new(build.labels.sizes[label]))
-    pieces: dict[object, float] = {}
+    pieces: dict[tuple[int, tuple[Label, ...], Ref], float] = {}
     for row in constraint.rows:
         inner = build.con(row.coefficient, [k for k in summed if k not in row.columns])
         local = dict(names)
@@ -103,18 +106,20 @@ def _signature(
         pieces[(row.leaf.id, tuple(columns), build.mul(factors))] = scale
     if not pieces:
         return None
-    ordered = sorted(pieces.items(), key=lambda p: (p[0][0], p[0][1], p[0][2].node.id, p[0][2].labels))  # type: ignore[index]
+    ordered = sorted(pieces.items(), key=lambda p: (p[0][0], p[0][1], p[0][2].node.id, p[0][2].labels))
     first = ordered[0][1]
     sizes = tuple(build.labels.sizes[k] for k in remaining)
     return (sizes, tuple((piece, round(scale / first, 12)) for piece, scale in ordered)), first
 
 
 def _vectors(
-    sizes: Sequence[Sequence[int]], first: tuple[int, tuple[int, ...], float], other: tuple[int, tuple[int, ...], float]
+    sizes: Sequence[Sequence[int]],
+    first: tuple[int, tuple[int, ...], float],
+    other: tuple[int, tuple[int, ...], float],
 ) -> list[Tensor]:
     """z over all constraints joined: ones / factor on the first block, -ones / factor on the other; one z per remaining entry."""
     remaining = [s for k, s in enumerate(sizes[first[0]]) if k not in first[1]]
-    out = []
+    out: list[Tensor] = []
     for entry in itertools.product(*(range(s) for s in remaining)):
         if len(out) > MOST:
             break
@@ -124,7 +129,9 @@ def _vectors(
             for member, sign in ((first, 1.0), (other, -1.0)):
                 if member[0] == index:
                     position = iter(entry)
-                    where = tuple(slice(None) if k in member[1] else next(position) for k in range(len(block)))
+                    where = tuple(
+                        slice(None) if k in member[1] else next(position) for k in range(len(block))
+                    )
                     z[where] += sign / member[2]
             blocks.append(z.reshape(-1))
         out.append(torch.cat(blocks))
@@ -132,7 +139,9 @@ def _vectors(
 
 
 def _sentence(
-    constraints: Sequence[Constraint], first: tuple[int, tuple[int, ...], float], other: tuple[int, tuple[int, ...], float]
+    constraints: Sequence[Constraint],
+    first: tuple[int, tuple[int, ...], float],
+    other: tuple[int, tuple[int, ...], float],
 ) -> str:
     def part(member: tuple[int, tuple[int, ...], float]) -> str:
         name = constraints[member[0]].name

@@ -27,5 +27,8 @@ def agree(claimed: Sequence[Tensor], reference: Sequence[Tensor]) -> bool:
     if not all(bool(torch.isfinite(r).all()) for r in reference):
         return True
     tolerance = torch.finfo(reference[0].dtype).eps ** (1.0 / 3.0)
-    difference = max((float((c - r).abs().max()) for c, r in zip(claimed, reference, strict=True) if r.numel()), default=0.0)
+    difference = max(
+        (float((c - r).abs().max()) for c, r in zip(claimed, reference, strict=True) if r.numel()),
+        default=0.0,
+    )
     return difference <= tolerance * max(largest, torch.finfo(reference[0].dtype).tiny)

@@ -18,7 +18,7 @@ def cancelling(build: Builder, ref: Ref) -> list[Ref]:
 
 def _terms(build: Builder, ref: Ref) -> list[Ref]:
     """The terms of an addition, its constant last."""
-    constant, coefficients = ref.node.data  # type: ignore[misc]
+    constant, coefficients = ref.node.data
     args, _ = build.open(ref)
     terms = [build.scale(c, a) for c, a in zip(coefficients, args, strict=True)]
     return [*terms, build.number(constant)] if constant else terms

@@ -73,8 +73,12 @@ class Arguments:
         pieces: dict[int, list[tuple[Tensor, int]]] = {}
         for block, c in zip(blocks, self.declared.constraints, strict=True):
             shape = [torch.Size(sizes[k] for k in dim).numel() for dim in c.block.value.dims]
-            pieces.setdefault(c.block.output, []).append((block.reshape(*block.shape[:lead], *shape), c.block.dim))
+            pieces.setdefault(c.block.output, []).append(
+                (block.reshape(*block.shape[:lead], *shape), c.block.dim)
+            )
         return tuple(
-            pieces[k][0][0] if len(pieces[k]) == 1 else torch.cat([t for t, _ in pieces[k]], dim=pieces[k][0][1] + lead)
+            pieces[k][0][0]
+            if len(pieces[k]) == 1
+            else torch.cat([t for t, _ in pieces[k]], dim=pieces[k][0][1] + lead)
             for k in range(len(self.declared.output_shapes))
         )

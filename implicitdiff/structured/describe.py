@@ -56,22 +56,24 @@ class Notebook:
             text = self._addition(ref)
             return f"({text})" if inside else text
         if node.op == "fn":
-            return f"{node.data[0]}({', '.join(self.write(a) for a in args)})"  # type: ignore[index]
+            return f"{node.data[0]}({', '.join(self.write(a) for a in args)})"
         if node.op == "amax":
             return f"max_{''.join(self.letter(k) for k in bound)} {self.write(args[0], inside=True)}"
         if node.op == "eye":
             return f"delta{self.indices(ref.labels)}"
         if node.op == "view":
-            return f"{args[0].node.data[0]}[{self._slices(node)}]{self.indices(ref.labels)}"  # type: ignore[index]
-        name = node.data[0] if node.op == "leaf" else f"selection{node.id}"  # type: ignore[index]
+            return f"{args[0].node.data[0]}[{self._slices(node)}]{self.indices(ref.labels)}"
+        name = node.data[0] if node.op == "leaf" else f"selection{node.id}"
         return f"{name}{self.indices(ref.labels)}"
 
     @staticmethod
     def _slices(node: Node) -> str:
         parts = []
-        for spec in node.data:  # type: ignore[attr-defined]
+        for spec in node.data:
             if spec[0] == "slice":
-                parts.append(f"{spec[1]}:{spec[1] + spec[2] * spec[3]}" + (f":{spec[2]}" if spec[2] != 1 else ""))
+                parts.append(
+                    f"{spec[1]}:{spec[1] + spec[2] * spec[3]}" + (f":{spec[2]}" if spec[2] != 1 else "")
+                )
             else:
                 parts.append(":" if spec[0] == "all" else str(spec[1]))
         return ", ".join(parts)
@@ -81,12 +83,16 @@ class Notebook:
         parts = []
         for factor, power in factors:
             text = self.write(factor, inside=True)
-            parts.append(text if power == 1.0 else f"{text}^{power:g}" if power > 0.0 else f"{text}^({power:g})")
+            parts.append(
+                text if power == 1.0 else f"{text}^{power:g}" if power > 0.0 else f"{text}^({power:g})"
+            )
         text = " ".join(parts)
-        return text if coefficient == 1.0 else f"-{text}" if coefficient == -1.0 else f"{coefficient:g} {text}"
+        return (
+            text if coefficient == 1.0 else f"-{text}" if coefficient == -1.0 else f"{coefficient:g} {text}"
+        )
 
     def _addition(self, ref: Ref) -> str:
-        constant, coefficients = ref.node.data  # type: ignore[misc]
+        constant, coefficients = ref.node.data
         args, _ = self.build.open(ref)
         terms = [self.build.scale(c, a) for c, a in zip(coefficients, args, strict=True)]
         texts = [self.write(term) for term in terms] + ([f"{constant:g}"] if constant else [])
@@ -100,7 +106,9 @@ class Notebook:
             ref = self.build.self_ref(node)
             (body,), bound = self.build.open(ref)
             over = "".join(self.letter(k) for k in bound) + ("b" if node.data else "")
-            lines.append(f"where {self.sums[node.id]}{self.indices(ref.labels)} = sum_{over} {self.write(body, inside=True)}")
+            lines.append(
+                f"where {self.sums[node.id]}{self.indices(ref.labels)} = sum_{over} {self.write(body, inside=True)}"
+            )
         return [_cut(line) for line in lines]
 
     def entry(self, entry: Entry, rows: Sequence[Label], columns: Sequence[Label]) -> str:
@@ -131,12 +139,16 @@ def derivation(declared: Declared, hessian: Form, schur: Form | None, common: st
                 continue
             where = "" if len(space.names) == 1 else f"[{space.names[k]}, {space.names[j]}]"
             text = notebook.entry(entry, space.rows[k], space.columns[j])
-            lines.append(f"H{where}{notebook.indices(space.rows[k])}{_comma(notebook, space.columns[j])} = {text}")
+            lines.append(
+                f"H{where}{notebook.indices(space.rows[k])}{_comma(notebook, space.columns[j])} = {text}"
+            )
     for c in declared.constraints:
         for term in c.terms:
             value = notebook.write(term.coefficient)
             variable = next(leaf.name for leaf in declared.variables if leaf.node.id == term.leaf.id)
-            lines.append(f"d {c.name}{notebook.indices(c.labels)} / d {variable}{notebook.indices(term.columns)} = {value}")
+            lines.append(
+                f"d {c.name}{notebook.indices(c.labels)} / d {variable}{notebook.indices(term.columns)} = {value}"
+            )
     if schur is not None:
         labels = schur.space
         for k, row in enumerate(schur.grid):
@@ -145,7 +157,9 @@ def derivation(declared: Declared, hessian: Form, schur: Form | None, common: st
                     continue
                 where = "" if len(labels.names) == 1 else f"[{k}, {j}]"
                 text = notebook.entry(entry, labels.rows[k], labels.columns[j])
-                lines.append(f"S{where}{notebook.indices(labels.rows[k])}{_comma(notebook, labels.columns[j])} = {common}{text}")
+                lines.append(
+                    f"S{where}{notebook.indices(labels.rows[k])}{_comma(notebook, labels.columns[j])} = {common}{text}"
+                )
     return tuple([_cut(line) for line in lines] + notebook.definitions())
 
 

@@ -72,7 +72,10 @@ class Recipes:
         """Right-hand sides as leaves, over the rows of the variables and the labels of the constraints."""
         declared, build = self.declared, self.build
         on_u = [
-            Ref(build.leaf(self.arguments.of_variable(stem, k), leaf.sizes, prefix).node, declared.space.rows[k])
+            Ref(
+                build.leaf(self.arguments.of_variable(stem, k), leaf.sizes, prefix).node,
+                declared.space.rows[k],
+            )
             for k, leaf in enumerate(declared.variables)
         ]
         return on_u, [declared.constraint_leaf(constraint_stem, c, prefix) for c in declared.constraints]
@@ -81,7 +84,8 @@ class Recipes:
         declared = self.declared
         outputs = [Output(f"w{k}", ref, declared.space.rows[k], prefix=STACKED) for k, ref in enumerate(on_u)]
         return outputs + [
-            Output(c.name, ref, c.labels, prefix=STACKED) for c, ref in zip(declared.constraints, on_h, strict=True)
+            Output(c.name, ref, c.labels, prefix=STACKED)
+            for c, ref in zip(declared.constraints, on_h, strict=True)
         ]
 
     def kkt_solve(self, *, shifted: bool, full: bool) -> Recipe:
@@ -105,7 +109,9 @@ class Recipes:
         def lifted(e: Entry) -> Entry:
             return replace(e, diagonal=shift if e.diagonal is None else build.plus(e.diagonal, shift))
 
-        grid = tuple(tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid))
+        grid = tuple(
+            tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid)
+        )
         return replace(form, grid=grid, kind="scaled-identity" if form.kind == "zero" else form.kind)
 
     def _status(self, status: Sequence[Ref]) -> Output:
@@ -123,7 +129,9 @@ class Recipes:
     def vjp(self, wanted: Sequence[bool], *, with_lam: bool, full: bool) -> Recipe:
         """D_theta (D_u L w - h's) with K (w, s) = -(v, v_lam), for the theta that are wanted."""
         declared, build, rows = self.declared, self.build, self.declared.space.rows
-        kkt = SymbolicKKT(declared, self.form, self.linear_solver, self.dtype, full=True) if full else self.kkt
+        kkt = (
+            SymbolicKKT(declared, self.form, self.linear_solver, self.dtype, full=True) if full else self.kkt
+        )
         on_u, on_h = self._sides("v", "v_lam", BATCHED)
         b = [build.scale(-1.0, ref) if with_lam else build.number(0.0) for ref in on_h]
         w, s, status = kkt.solve([build.scale(-1.0, ref) for ref in on_u], b, BATCHED)

@@ -44,7 +44,9 @@ class StructuredPlan:
         dense: the plan that answers where this one must not.
     """
 
-    def __init__(self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+    ) -> None:
         """Derives everything.
 
         Args:
@@ -67,12 +69,18 @@ class StructuredPlan:
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null)
-        every = self._vjp(tuple(leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta), False, False)
+        every = self._vjp(
+            tuple(leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta), False, False
+        )
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
         )
         floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
-        wanted = tuple(a and b for a, b in zip(floating, [*shown, *floating[len(shown) :]], strict=True)) if shown else None
+        wanted = (
+            tuple(a and b for a, b in zip(floating, [*shown, *floating[len(shown) :]], strict=True))
+            if shown
+            else None
+        )
         code = every if wanted is None or not any(wanted) else self._vjp(wanted, False, False)
         self.analysis: Analysis = report(self.declared, form, route, code.emitted.source)
         self._contradiction: bool | None = None
@@ -89,7 +97,9 @@ class StructuredPlan:
 
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h, with the largest of the terms that cancel in each."""
-        function = self.writer.function("stationarity", "stationarity", "D_u L, h, scales", self.recipes.stationarity)
+        function = self.writer.function(
+            "stationarity", "stationarity", "D_u L, h, scales", self.recipes.stationarity
+        )
         out = function(self.arguments.point(u, lam, theta))
         count, batch = len(u), u[0].shape[0]
         gradient = tuple(
@@ -103,7 +113,9 @@ class StructuredPlan:
         """The least-squares solution of A'lam = D_u f, of minimum norm where constraints are proved dependent."""
         if not self.declared.constraints:
             return ()
-        function = self.writer.function("multipliers", "multipliers", "A A' lam = A D_u f", self.recipes.multipliers)
+        function = self.writer.function(
+            "multipliers", "multipliers", "A A' lam = A D_u f", self.recipes.multipliers
+        )
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
         if bool((self._verdicts(out[-1], u) != Status.OK).any()):
@@ -118,7 +130,10 @@ class StructuredPlan:
         """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
         if self._contradicted(u, lam, theta):
             return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
-        values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h)}
+        values = {
+            **self.arguments.point(u, lam, theta),
+            **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h),
+        }
         shifted = shift is not None
         if shift is not None:
             values["shift"] = shift
@@ -138,13 +153,17 @@ class StructuredPlan:
 
     def _kkt(self, shifted: bool, full: bool) -> Written:
         return self.writer.function(
-            ("kkt", shifted, full), "kkt_solve", "K (w, s) = (rhs_u, rhs_h)",
+            ("kkt", shifted, full),
+            "kkt_solve",
+            "K (w, s) = (rhs_u, rhs_h)",
             lambda: self.recipes.kkt_solve(shifted=shifted, full=full),
         )
 
     def _attempts(self) -> tuple[bool, ...]:
         """The structured route, then K as one matrix: for H singular with a regular K, and dependent constraints."""
-        return (False, True) if self.declared.constraints and self.recipes.kkt.route.name != "full" else (False,)
+        return (
+            (False, True) if self.declared.constraints and self.recipes.kkt.route.name != "full" else (False,)
+        )
 
     def _verdicts(self, status: Any, u: Leaves) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8:
@@ -165,7 +184,8 @@ class StructuredPlan:
         }
         theta_leaves = self.declared.theta
         wanted = tuple(
-            need and leaf.placeholder.dtype.is_floating_point for need, leaf in zip(needs, theta_leaves, strict=True)
+            need and leaf.placeholder.dtype.is_floating_point
+            for need, leaf in zip(needs, theta_leaves, strict=True)
         )
         for full in self._attempts():
             function = self._vjp(wanted, v_lam is not None, full)
@@ -177,14 +197,18 @@ class StructuredPlan:
                 break
         found = dict(zip(function.emitted.results, out, strict=True))
         grads = tuple(
-            (found[leaf.name].reshape(t.shape).to(t.dtype) if leaf.name in found else torch.zeros_like(t)) if need else None
+            (found[leaf.name].reshape(t.shape).to(t.dtype) if leaf.name in found else torch.zeros_like(t))
+            if need
+            else None
             for need, leaf, t in zip(wanted, theta_leaves, theta, strict=True)
         )
         return grads, status
 
     def _vjp(self, wanted: tuple[bool, ...], with_lam: bool, full: bool) -> Written:
         return self.writer.function(
-            ("vjp", wanted, with_lam, full), "backward", "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
+            ("vjp", wanted, with_lam, full),
+            "backward",
+            "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
             lambda: self.recipes.vjp(wanted, with_lam=with_lam, full=full),
         )
 
@@ -216,7 +240,8 @@ class StructuredPlan:
         if self.declared.constraints and not lam:
             one_lam = tuple(u[0].new_zeros(1, *shape) for shape in self.declared.output_shapes)
         one_theta = tuple(
-            t[:1] if leaf.placeholder.batched else t for t, leaf in zip(theta, self.declared.theta, strict=True)
+            t[:1] if leaf.placeholder.batched else t
+            for t, leaf in zip(theta, self.declared.theta, strict=True)
         )
         w = tuple(direction(t, 1.0 + k) for k, t in enumerate(one_u))
         s = tuple(direction(t, 2.0 + k) for k, t in enumerate(one_lam))

@@ -6,10 +6,10 @@ In: the declared derivatives, the forms and the route. Out: `Analysis`. Next fil
 from __future__ import annotations
 
 from implicitdiff.derivatives.declared import Declared
-from implicitdiff.structure.forms import Form
-from implicitdiff.structured.describe import Notebook, derivation
-from implicitdiff.structure.report import Analysis, MatrixReport
 from implicitdiff.kkt.route import Route
+from implicitdiff.structure.forms import Form
+from implicitdiff.structure.report import Analysis, MatrixReport
+from implicitdiff.structured.describe import Notebook, derivation
 
 
 def report(declared: Declared, hessian: Form, route: Route, code: str) -> Analysis:
@@ -21,7 +21,11 @@ def report(declared: Declared, hessian: Form, route: Route, code: str) -> Analys
         if route.schur is not None:
             schur = MatrixReport(route.schur.kind, (p, p), route.schur.reason)
         else:
-            reason = "formed from p solves with H" if route.name == "numeric" else "H is singular: K is factored as one matrix"
+            reason = (
+                "formed from p solves with H"
+                if route.name == "numeric"
+                else "H is singular: K is factored as one matrix"
+            )
             schur = MatrixReport("dense", (p, p), reason)
     return Analysis(
         hessian=MatrixReport(hessian.kind, (m, m), hessian.reason),
@@ -50,10 +54,17 @@ def _jacobian(declared: Declared, shape: tuple[int, int]) -> MatrixReport:
         return MatrixReport("zero", shape, "no constraint depends on the variables")
     tied = all(any(k in c.labels for k in t.columns) for c in declared.constraints for t in c.terms)
     if len(declared.constraints) > 1:
-        how = "each ties an axis of the variable to its own" if tied else "not all tie an axis of the variable"
+        how = (
+            "each ties an axis of the variable to its own" if tied else "not all tie an axis of the variable"
+        )
         return MatrixReport("block", shape, f"{len(declared.constraints)} constraints; {how}")
     only = declared.constraints[0]
     if all(set(t.columns) == set(only.labels) for t in only.terms) and len(only.terms) == 1:
         return MatrixReport("diagonal", shape, "the constraint ties every axis of the variable")
-    return MatrixReport("block" if tied and only.labels else "dense", shape,
-                        "the constraint ties an axis of the variable to its own" if tied and only.labels else "one dense row each")
+    return MatrixReport(
+        "block" if tied and only.labels else "dense",
+        shape,
+        "the constraint ties an axis of the variable to its own"
+        if tied and only.labels
+        else "one dense row each",
+    )

@@ -29,7 +29,7 @@ class Written:
 
     def __call__(self, values: dict[str, Tensor]) -> tuple[Any, ...]:
         """The results for the tensors of a call, by name."""
-        return self.emitted.call(*(values[name] for name in self.arguments))  # type: ignore[no-any-return]
+        return self.emitted.call(*(values[name] for name in self.arguments))
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,16 @@ class Recipe:
 class Writer:
     """The functions of one problem by key. Writing is done under a lock: the builder is shared."""
 
-    def __init__(self, arguments: Arguments, constants: dict[str, Tensor], null_vectors: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, arguments: Arguments, constants: dict[str, Tensor], null_vectors: tuple[Tensor, ...]
+    ) -> None:
         self.arguments = arguments
         self.namespace: dict[str, Any] = {
-            "torch": torch, "operators": operators, "solvers": solvers, "saddle": saddle, **constants,
+            "torch": torch,
+            "operators": operators,
+            "solvers": solvers,
+            "saddle": saddle,
+            **constants,
         }
         if null_vectors:
             self.namespace["null_vectors"] = null_vectors
@@ -63,13 +69,19 @@ class Writer:
     def _write(self, name: str, document: str, recipe: Recipe) -> Written:
         declared = self.arguments.declared
         nodes = reachable([*(o.ref.node for o in recipe.outputs), *(ref.node for ref in recipe.first)])
-        leaves = {node.data[0]: node for node in nodes if node.op == "leaf"}  # type: ignore[index]
+        leaves = {node.data[0]: node for node in nodes if node.op == "leaf"}
         like = declared.variables[0].name
         names = tuple(n for n in self.arguments.order() if n in leaves or n == like)
-        preamble = [line for n in names if n in leaves for line in
-                    [*self._reshape(n, leaves[n].sizes, leaves[n].prefix), *self._cast(n, like)]]
+        preamble = [
+            line
+            for n in names
+            if n in leaves
+            for line in [*self._reshape(n, leaves[n].sizes, leaves[n].prefix), *self._cast(n, like)]
+        ]
         emitter = Emitter(declared.build, like)
-        emitted = emitter.function(name, names, recipe.outputs, self.namespace, preamble, document, recipe.first)
+        emitted = emitter.function(
+            name, names, recipe.outputs, self.namespace, preamble, document, recipe.first
+        )
         return Written(emitted, names)
 
     def _reshape(self, name: str, sizes: tuple[int, ...], prefix: int) -> list[str]:
@@ -77,13 +89,19 @@ class Writer:
         if self.arguments.shape(name) == tuple(sizes):
             return []
         lead = [f"*{name}.shape[:{prefix}]"] if prefix else []
-        return [f"{name} = {name}.reshape(({', '.join([*lead, *map(str, sizes)])}{',' if len(lead) + len(sizes) == 1 else ''}))"]
+        return [
+            f"{name} = {name}.reshape(({', '.join([*lead, *map(str, sizes)])}{',' if len(lead) + len(sizes) == 1 else ''}))"
+        ]
 
     def _cast(self, name: str, like: str) -> list[str]:
         """Parameters and buffers may be of another floating dtype than the variables (a float32 number, float64 data)."""
         declared = self.arguments.declared
         own = declared.variables[0].placeholder.dtype
         for leaf in declared.theta:
-            if leaf.name == name and leaf.placeholder.dtype.is_floating_point and leaf.placeholder.dtype != own:
+            if (
+                leaf.name == name
+                and leaf.placeholder.dtype.is_floating_point
+                and leaf.placeholder.dtype != own
+            ):
                 return [f"{name} = {name}.to({like}.dtype)"]
         return []

@@ -32,7 +32,9 @@ def contract(tr: Any, a: Value, b: Value, a_dim: int, b_dim: int, batch: int = 0
     summed = ours or theirs
     product = build.times(a.ref, b.ref.rename(names))
     rest_a = [dim for d, dim in enumerate(a.dims) if d >= batch and d != a_dim]
-    rest_b = [tuple(names.get(k, k) for k in dim) for d, dim in enumerate(b.dims) if d >= batch and d != b_dim]
+    rest_b = [
+        tuple(names.get(k, k) for k in dim) for d, dim in enumerate(b.dims) if d >= batch and d != b_dim
+    ]
     return Value(build.con(product, summed), (*dims, *rest_a, *rest_b))
 
 

@@ -130,7 +130,9 @@ def log10(tr: Any, a: Value) -> Value:
 
 def hyperbolic(build: Builder, a: Ref, sign: float) -> Ref:
     """(e^a + sign e^-a) / 2."""
-    return build.scale(0.5, build.add([(1.0, build.fn("exp", [a])), (sign, build.fn("exp", [build.scale(-1.0, a)]))]))
+    return build.scale(
+        0.5, build.add([(1.0, build.fn("exp", [a])), (sign, build.fn("exp", [build.scale(-1.0, a)]))])
+    )
 
 
 @rule(aten.cosh.default)

@@ -56,12 +56,16 @@ def mean(tr: Any, a: Value, dim: Any = None, keepdim: bool = False, dtype: Any =
 
 
 @rule(aten.var.correction)
-def variance(tr: Any, a: Value, dim: Any = None, correction: float | None = None, keepdim: bool = False) -> Value:
+def variance(
+    tr: Any, a: Value, dim: Any = None, correction: float | None = None, keepdim: bool = False
+) -> Value:
     reduced = positions(a, dim)
     count = math.prod(shape(tr.build, a)[d] for d in reduced)
     centred = pointwise.sub(tr, a, mean(tr, a, dim, True))
     summed = total(tr, pointwise.square(tr, centred), dim, keepdim)
-    return Value(tr.build.scale(1.0 / (count - (1 if correction is None else correction)), summed.ref), summed.dims)
+    return Value(
+        tr.build.scale(1.0 / (count - (1 if correction is None else correction)), summed.ref), summed.dims
+    )
 
 
 def shifted_exponentials(tr: Any, a: Value, reduced: Sequence[int]) -> tuple[Value, Value, Value]:
@@ -123,7 +127,9 @@ def huber_loss(tr: Any, a: Value, b: Value, how: int = 1, delta: float = 1.0) ->
     inside = tr.build.scale(0.5, tr.build.power(error.ref, 2.0))
     outside = tr.build.add([(delta, size.ref)], -0.5 * delta * delta)
     small = pointwise.compare(tr, "le", size, delta)
-    return reduction(tr, pointwise.where(tr, small, Value(inside, error.dims), Value(outside, size.dims)), how)
+    return reduction(
+        tr, pointwise.where(tr, small, Value(inside, error.dims), Value(outside, size.dims)), how
+    )
 
 
 @rule(aten.smooth_l1_loss.default)

@@ -69,8 +69,13 @@ def squeeze_dim(tr: Any, a: Value, dim: int | Sequence[int]) -> Value:
     return Value(a.ref, tuple(d for k, d in enumerate(a.dims) if d or k not in gone))
 
 
-@rule(aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default,
-      aten.lift_fresh.default)
+@rule(
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+)
 def same(tr: Any, a: Value, memory_format: Any = None) -> Value:
     return a
 
@@ -82,8 +87,14 @@ def detach(tr: Any, a: Value) -> Value:
 
 @rule(aten._to_copy.default)
 def to_copy(
-    tr: Any, a: Value, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
-    non_blocking: bool = False, memory_format: Any = None,
+    tr: Any,
+    a: Value,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+    non_blocking: bool = False,
+    memory_format: Any = None,
 ) -> Value:
     own = next(p.dtype for p in tr.trace.placeholders if p.dtype.is_floating_point)
     if dtype is None or dtype == own:
