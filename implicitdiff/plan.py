@@ -34,8 +34,8 @@ Leaves = tuple[Tensor, ...]
 
 BACKWARDS = ("auto", "dense", "matrix-free", "unrolled", "hand", "approximate")
 LINEAR_SOLVERS = (
-    "auto", "divide", "block-cholesky", "woodbury", "cholesky", "lu", "ldl", "banded-cholesky", "tridiagonal", "kronecker",
-    "schur", "cg", "schur-cg", "minres", "gmres", "sparse-lu",
+    "auto", "divide", "block-cholesky", "woodbury", "cholesky", "lu", "ldl", "banded-cholesky", "tridiagonal",
+    "kronecker", "schur", "cg", "schur-cg", "minres", "gmres", "sparse-lu",
 )  # fmt: skip
 # Above this the KKT matrix of one sample is not formed where no structure is proved: products with it only.
 DENSE_BYTES = 2**31

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd import Call
+from implicitdiff.autograd.call import undisturbed
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.derivatives import flat
 from implicitdiff.derivatives.lagrangian import Lagrangian
@@ -59,7 +60,7 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
         raise InputError(
             "jacobian needs tensors with data: inside torch.func transforms take jacrev of the layer instead"
         )
-    with torch.no_grad(), torch.autocast(prepared.bound.device.type, enabled=False):
+    with torch.no_grad(), undisturbed(prepared.theta[0]):
         theta = tuple(tensor.detach() for tensor in prepared.theta)
         call = prepared.call()
         solved = prepared.run_forward(call, theta, None)
@@ -225,7 +226,7 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
     example = _example(problem, u, bound)
     dense = plan_for(problem, bound, example.leaves, example.spec, backward="dense")
     best = plan_for(problem, bound, example.leaves, example.spec)
-    with torch.no_grad():
+    with torch.no_grad(), undisturbed(dense.trace.theta(bound)[0]):
         theta = tuple(tensor.detach() for tensor in dense.trace.theta(bound))
         point = tuple(leaf.detach()[None] for leaf in flatten_like(u, example.spec, "u", SolutionError))
         lam = dense.multipliers(point, theta)

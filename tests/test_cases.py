@@ -88,7 +88,7 @@ class Run:
         count = len(_leaves(self.inputs))
         pulled = [_through_consistent(self.case, self.free, g[:count]) for g in (actual, expected)]
         of_parameters = compare_modulo(actual[count:], expected[count:])
-        return max(compare_modulo(*pulled), of_parameters)
+        return max(compare_modulo(pulled[0], pulled[1]), of_parameters)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -149,6 +149,7 @@ def test_structure_and_solver(case: Case, sizes: Sizes) -> None:
     if case.hessian is not None:
         assert report.hessian.kind == case.hessian, report
     if case.schur is not None:
+        assert report.schur is not None
         assert report.schur.kind == case.schur, report
     if not case.problem().declares("equality"):
         assert report.schur is None
@@ -216,11 +217,11 @@ SAME_COST = (
 
 
 def _stranger_sizes() -> list[tuple[Case, Sizes, Sizes]]:
-    rows = []
+    rows: list[tuple[Case, Sizes, Sizes]] = []
     for case in STRANGERS:
         assert case.built_in is not None
         for sizes in STRANGER_SIZES[case.built_in]:
-            own = (*sizes, 5) if case.name == "transport-three-marginals" else sizes
+            own: Sizes = (*sizes, 5) if case.name == "transport-three-marginals" else sizes
             rows.append((case, own, sizes))
     return rows
 
@@ -233,7 +234,7 @@ def test_strangers_are_treated_as_the_built_in(case: Case, sizes: Sizes, built_i
     ours = idf.explain(case.problem(), *case.make_inputs(batch=2, sizes=sizes))
     assert ours.hessian.kind == theirs.hessian.kind, ours
     assert (ours.schur is None) == (theirs.schur is None)
-    if ours.schur is not None:
+    if ours.schur is not None and theirs.schur is not None:
         assert ours.schur.kind == theirs.schur.kind, ours
     assert ours.solver == theirs.solver, ours
 

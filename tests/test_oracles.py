@@ -4,6 +4,8 @@ Nothing of the library is tested here. If a test of this file fails, no other co
 means anything.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from tests.oracles.sample import differentiable
 NEWTON = [case for case in CASES if case.name != "pooling-truncated-quadratic"]
 
 
-def solution(case: Case, inputs: tuple) -> object:
+def solution(case: Case, inputs: tuple) -> Any:
     """u of the whole batch by the oracle's Newton."""
     samples = split_batch(inputs, case.in_dims)
     problem = case.problem()
@@ -39,13 +41,13 @@ def solution(case: Case, inputs: tuple) -> object:
     return found[0] if samples.unbatched else tree_map(lambda *leaves: torch.stack(leaves), *found)
 
 
-def like(tree: object, seed: int) -> object:
+def like(tree: Any, seed: int) -> Any:
     """Seeded normal numbers in the shapes of `tree`."""
     generator = torch.Generator().manual_seed(seed)
     return tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype), tree)
 
 
-def dot(a: object, b: object) -> float:
+def dot(a: Any, b: Any) -> float:
     """The inner product of two pytrees of tensors."""
     return sum(float((s * t).sum()) for s, t in zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True))
 
@@ -85,7 +87,7 @@ def test_dense_vjp_reaches_parameters(case: Case) -> None:
     problem = case.problem()
     samples = split_batch(inputs, case.in_dims)
 
-    def value(v: object) -> float:
+    def value(v: Any) -> float:
         found = [newton_solution(problem, one).u for one in samples.inputs]
         return dot(v, tree_map(lambda *parts: torch.stack(parts), *found))
 
@@ -155,11 +157,12 @@ def test_ridge_closed_form() -> None:
     case = BY_NAME["ridge"]
     X, y = (t.requires_grad_() for t in case.make_inputs(batch=3))
     problem = case.problem()
-    gram = X.mT @ X + problem.mu * torch.eye(X.shape[2], dtype=torch.float64)
+    mu = dict(problem.named_parameters())["mu"]
+    gram = X.mT @ X + mu * torch.eye(X.shape[2], dtype=torch.float64)
     u = torch.linalg.inv(gram) @ (X.mT @ y[..., None])
     u = u[..., 0]
     v = torch.randn_like(u)
-    expected = torch.autograd.grad((u * v).sum(), [X, y, problem.mu])
+    expected = torch.autograd.grad((u * v).sum(), [X, y, mu])
     actual = dense_vjp(problem, u.detach(), v, (X, y)).leaves()
     assert compare_modulo(actual, expected) < 1e-11
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from implicitdiff.autograd.batched_grads import through_func
 from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, undisturbed, unfold, zeros_for
 from implicitdiff.autograd.hand import HandVjp
-from implicitdiff.autograd.kkt import KKTSolve
+from implicitdiff.autograd.kkt import KKTSolve, unusable
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks
 from implicitdiff.errors import NotSupportedYetError
-from implicitdiff.status import Status
 from implicitdiff.torch_private import has_tangent, is_wrapped, nested_forward_mode, tangent_free
 
 EXTRAS = 3  # status, iterations, residual
@@ -156,7 +155,7 @@ def pull_back(
     if lean and not masks.any_failed():
         v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]
         found, quality = call.plan.vjp(u, lam, theta, v[: len(u)], v_lam, needs)
-        if not bool((quality != Status.OK).any()):
+        if not bool(unusable(quality).any()):
             return found
     if lean and masks.all_failed():
         return masks.nothing(theta, v, needs)

@@ -140,7 +140,7 @@ def solve(
     """
     w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
     idle = _idle((*rhs_u, *rhs_h))
-    bad = (status != Status.OK) & (status != Status.INDEFINITE) & ~idle
+    bad = unusable(status) & ~idle
     if bool(bad.any()):
         if call.on_failure == "damp":
             w, s, bad = _damped(call, u, lam, theta, rhs_u, rhs_h, w, s, bad)
@@ -150,6 +150,11 @@ def solve(
                 fill = torch.nan if call.on_failure == "nan" else 0.0
                 w, s = _fill(w, bad, fill), _fill(s, bad, fill)
     return _fill(w, idle, 0.0), _fill(s, idle, 0.0)
+
+
+def unusable(status: Tensor) -> Tensor:
+    """(B,) where a solve has no answer. At a saddle (INDEFINITE) K is regular and the derivative exists."""
+    return (status != Status.OK) & (status != Status.INDEFINITE)
 
 
 def _damped(

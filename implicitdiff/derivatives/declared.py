@@ -1,4 +1,4 @@
-"""What Eqn. 3 needs of a translated problem, as refs: Lagrangian, H and A as labelled terms, residuals, input gradients.
+"""What Eqn. 3 needs of a translated problem, as refs: the Lagrangian, H and A as labelled terms, input gradients.
 
 In: a `Program`. Out: `Declared`, whose methods build refs on demand. B and C never exist: the input gradients are one
 pullback of psi = D_u L w - h's, a tangent of the Lagrangian followed by a reverse sweep. Next file: `kkt.py`.

@@ -340,7 +340,7 @@ class Builder:
         return self.make("amax", None, [body], out, bound, leaves=frozenset()) if bound else body
 
     def view(self, leaf: Ref, specs: Sequence[Spec]) -> Ref:
-        """Slices, selections and gathers of a leaf, one spec an axis: ("all",), ("slice", start, step, size), ("index", k)."""
+        """Slices and single entries of a leaf, one `Spec` an axis."""
         out: list[Label] = []
         for spec, label in zip(specs, leaf.labels, strict=True):
             if spec[0] == "all":

@@ -19,7 +19,7 @@ POINTWISE = ("prod", "add", "fn")
 
 def slope(build: Builder, ref: Ref, index: int) -> Ref:
     """Derivative of the pointwise function `ref` by its argument number `index`."""
-    name, params = ref.node.data
+    name, _ = ref.node.data
     args, _ = build.open(ref)
     a = args[0]
     one = build.number(1.0)

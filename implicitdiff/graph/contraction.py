@@ -8,49 +8,13 @@ measured on a CPU: einsum of an entrywise product is 10 to 30 times slower than 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import opt_einsum
 
 from implicitdiff.graph.ir import Label
+from implicitdiff.graph.text import Operand, bracket
 
 BATCH: Label = -1
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor expression, its trailing axes by label, and how many leading axes it has (0, 1 or 2)."""
-
-    text: str
-    labels: tuple[Label, ...]
-    prefix: int
-
-    def aligned(self, order: Sequence[Label]) -> str:
-        """The expression with its axes in `order`, 1 where it has none."""
-        own = [k for k in order if k in self.labels]
-        text = self.text
-        if tuple(own) != self.labels:
-            text = permuted(text, [self.labels.index(k) for k in own], self.prefix)
-        missing = [k not in self.labels for k in order]
-        if not any(missing) or (not self.labels and self.prefix == 0):
-            return text
-        if self.prefix == 0:
-            # leading ones come by themselves when there is no prefix to keep apart
-            first = missing.index(False)
-            missing = missing[first:]
-            if not any(missing):
-                return text
-        return f"{_bracketed(text)}[..., {', '.join('None' if m else ':' for m in missing)}]"
-
-
-def permuted(text: str, order: Sequence[int], prefix: int) -> str:
-    """`text` with its trailing axes permuted."""
-    if list(order) == list(range(len(order))):
-        return text
-    text = _bracketed(text)
-    if list(order) == [1, 0]:
-        return f"{text}.mT"
-    return f"{text}.permute({', '.join(map(str, [*range(prefix), *(prefix + k for k in order)]))})"
 
 
 def contract(
@@ -100,7 +64,7 @@ def _next_pair(work: Sequence[Operand], out: Sequence[Label], sizes: Mapping[Lab
 def _reduce(operand: Operand, bound: Sequence[Label], over_batch: bool) -> tuple[str, tuple[Label, ...]]:
     dims = [operand.labels.index(k) - len(operand.labels) for k in operand.labels if k in bound]
     layout = tuple(k for k in operand.labels if k not in bound)
-    text = _bracketed(operand.text)
+    text = bracket(operand.text)
     if over_batch:
         dims = [0, *dims]
     if not dims:
@@ -131,7 +95,7 @@ def _pair(
         return _einsum(a, b, bound, False)
     order = a.labels if len(a.labels) >= len(b.labels) else b.labels
     order = (*order, *(k for k in (*a.labels, *b.labels) if k not in order))
-    product = f"{_bracketed(a.aligned(order))} * {_bracketed(b.aligned(order))}"
+    product = f"{bracket(a.aligned(order))} * {bracket(b.aligned(order))}"
     return _reduce(Operand(product, order, max(a.prefix, b.prefix)), bound, False)
 
 
@@ -141,7 +105,7 @@ def _summed_alone(operand: Operand, alone: Sequence[Label]) -> Operand:
 
 
 def _reduce_batch(operand: Operand) -> Operand:
-    return Operand(f"{_bracketed(operand.text)}.sum(0)", operand.labels, operand.prefix - 1)
+    return Operand(f"{bracket(operand.text)}.sum(0)", operand.labels, operand.prefix - 1)
 
 
 def _matmul(
@@ -151,11 +115,11 @@ def _matmul(
         return _einsum(a, b, bound, False)
     if not b_only and a_only:
         a, b, a_only, b_only = b, a, b_only, a_only
-    right = _bracketed(b.aligned([*bound, *b_only]))
+    right = bracket(b.aligned([*bound, *b_only]))
     if not a_only:
-        row = f"{_bracketed(a.text)}[..., None, :]"
+        row = f"{bracket(a.text)}[..., None, :]"
         return f"({row} @ {right}).squeeze(-2)", tuple(b_only)
-    left = _bracketed(a.aligned([*a_only, *bound]))
+    left = bracket(a.aligned([*a_only, *bound]))
     return f"{left} @ {right}", (*a_only, *b_only)
 
 
@@ -173,12 +137,3 @@ def _einsum(
         f'torch.einsum("{spec}->{result}{"".join(letters[k] for k in layout)}", {a.text}, {b.text})',
         layout,
     )
-
-
-def _bracketed(text: str) -> str:
-    depth = 0
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        if c == " " and depth == 0:
-            return f"({text})"
-    return f"({text})" if text.startswith("-") else text

@@ -10,22 +10,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from implicitdiff.graph.build import Builder
-from implicitdiff.graph.contraction import Operand, contract
+from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import Label, Node, Ref, reachable
+from implicitdiff.graph.text import (
+    Operand,
+    axis_list,
+    bracket,
+    inverse_power,
+    literal,
+    product_text,
+    raised,
+    tuple_body,
+    words,
+)
 
 
 @dataclass(frozen=True)
 class Output:
-    """A result: its ref, the order of its axes, and the expression that gives it its final shape ({0} is the tensor)."""
+    """A result: its ref, the order of its axes, how many leading axes it has at least (-1: a Python object)."""
 
     name: str
     ref: Ref
     order: tuple[Label, ...]
-    finish: str = "{0}"
     prefix: int = 1
 
 
@@ -69,7 +77,7 @@ class Emitter:
         document: str = "",
         first: Sequence[Ref] = (),
     ) -> Emitted:
-        """Emits `def name(*arguments)` that returns the outputs as a tuple; the refs `first` are written before them."""
+        """Emits `def name(*arguments)`, which returns the outputs as a tuple; the refs `first` are written first."""
         nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)])
         for node in nodes:
             for arg in node.args:
@@ -81,7 +89,7 @@ class Emitter:
         results = []
         for output in outputs:
             text = self.expanded(output.ref, output.order, output.prefix)
-            results.append((output.name, output.finish.format(text)))
+            results.append((output.name, text))
         body = self._with_deletions(results, arguments)
         head = f"def {name}({', '.join(arguments)}):"
         inside = ([f'"""{document}"""'] if document else []) + list(preamble) + body
@@ -96,7 +104,7 @@ class Emitter:
         names = {target for target, _ in self.lines}
         last: dict[str, int] = {}
         for k, (target, text) in enumerate([*self.lines, ("", tail)]):
-            for used in _words(text) & names:
+            for used in words(text) & names:
                 last[used] = k
             if target:
                 last.setdefault(target, k)
@@ -138,7 +146,7 @@ class Emitter:
         """A use of a node: text and labels in the order of its axes."""
         number = self.build.as_number(ref)
         if number is not None:
-            return Operand(_number(number), (), 0)
+            return Operand(literal(number), (), 0)
         variable = self.variable(ref.node)
         names = dict(zip(ref.node.axes, ref.labels, strict=True))
         return Operand(variable.name, tuple(names[k] for k in variable.layout), ref.node.prefix)
@@ -154,12 +162,12 @@ class Emitter:
         sizes = [self.build.labels.sizes[k] for k in order]
         if self.build.as_number(ref) is not None:
             leading = f"*{self.like}.shape[:{prefix}], " if prefix else ""
-            return f"{self.like}.new_full(({leading}{_tuple_body(sizes)}), {text})"
+            return f"{self.like}.new_full(({leading}{tuple_body(sizes)}), {text})"
         if set(order) - set(operand.labels):
             lead = ["-1"] * operand.prefix
-            text = f"{_bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
+            text = f"{bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
         if operand.prefix < prefix:
-            text = _bracket(text) + "[None]" * (prefix - operand.prefix)
+            text = bracket(text) + "[None]" * (prefix - operand.prefix)
         return text
 
     # ---------------------------------------------------------------- nodes
@@ -202,17 +210,17 @@ class Emitter:
             operand = self.operand(ref)
             own = tuple(k for k in order if k in operand.labels)
             groups.setdefault(own, []).append((Operand(operand.aligned(own), own, operand.prefix), power))
-        text = "" if coefficient == 1.0 else _number(coefficient)
+        text = "" if coefficient == 1.0 else literal(coefficient)
         small = sorted(groups, key=lambda labels: (self._entries(labels), labels))
         for own in small:
             members = groups[own]
             whole = len(own) == len(order)
             if len(small) == 1 or whole:
-                text = _product_text(text, members, order)
+                text = product_text(text, members, order)
                 continue
-            inner = _product_text("", members, own)
+            inner = product_text("", members, own)
             part = Operand(inner, own, max(o.prefix for o, _ in members)).aligned(order)
-            text = f"{text} * {_bracket(part)}" if text else part
+            text = f"{text} * {bracket(part)}" if text else part
         return text
 
     def _entries(self, labels: Sequence[Label]) -> int:
@@ -228,13 +236,13 @@ class Emitter:
         for coefficient, ref in terms:
             part = self.text(ref, node.axes)
             if not text:
-                text = part if coefficient == 1.0 else f"{_number(coefficient)} * {part}"
+                text = part if coefficient == 1.0 else f"{literal(coefficient)} * {part}"
             elif abs(coefficient) == 1.0:
                 text = f"{text} {'+' if coefficient > 0 else '-'} {part}"
             else:
-                text = f"torch.add({text}, {part}, alpha={_number(coefficient)})"
+                text = f"torch.add({text}, {part}, alpha={literal(coefficient)})"
         if constant:
-            text = f"{text} {'+' if constant > 0 else '-'} {_number(abs(constant))}"
+            text = f"{text} {'+' if constant > 0 else '-'} {literal(abs(constant))}"
         return self.store(node, text, node.axes)
 
     def _emit_fn(self, node: Node) -> Variable:
@@ -243,12 +251,12 @@ class Emitter:
             return self._emit_hold(node)
         numbers = [self.build.as_number(a) for a in node.args]
         if name == "where" and numbers[1] is not None and numbers[2] is not None:
-            condition = _bracket(self.text(node.args[0], node.axes))
+            condition = bracket(self.text(node.args[0], node.axes))
             high, low = numbers[1], numbers[2]
             text = f"{condition}.to({self.like}.dtype)"
-            text = text if high - low == 1.0 else f"{text} * {_number(high - low)}"
-            return self.store(node, text if low == 0.0 else f"{text} + {_number(low)}", node.axes)
-        parts = [_bracket(self.text(a, node.axes)) for a in node.args]
+            text = text if high - low == 1.0 else f"{text} * {literal(high - low)}"
+            return self.store(node, text if low == 0.0 else f"{text} + {literal(low)}", node.axes)
+        parts = [bracket(self.text(a, node.axes)) for a in node.args]
         return self.store(node, PRINT[name].format(*parts, like=self.like), node.axes)
 
     def _emit_con(self, node: Node) -> Variable:
@@ -271,9 +279,9 @@ class Emitter:
         operand = self.operand(ref)
         if power == 1.0:
             return operand
-        inverse = _inverse_power(operand.text, -power) if power < 0.0 else ""
+        inverse = inverse_power(operand.text, -power) if power < 0.0 else ""
         text = inverse or (
-            _power(operand.text, power) if power > 0.0 else f"{_power(operand.text, -power)}.reciprocal()"
+            raised(operand.text, power) if power > 0.0 else f"{raised(operand.text, -power)}.reciprocal()"
         )
         return Operand(text, operand.labels, operand.prefix)
 
@@ -282,7 +290,7 @@ class Emitter:
         dims = sorted(operand.labels.index(k) - len(operand.labels) for k in node.bound)
         return self.store(
             node,
-            f"{_bracket(operand.text)}.amax({_dims(dims)})",
+            f"{bracket(operand.text)}.amax({axis_list(dims)})",
             [k for k in operand.labels if k not in node.bound],
         )
 
@@ -342,65 +350,3 @@ def call(
         prefix=prefix,
         leaves=frozenset(),
     )
-
-
-def _words(text: str) -> set[str]:
-    clean = "".join(c if c.isalnum() or c == "_" else " " for c in text)
-    return set(clean.split())
-
-
-def _bracket(text: str) -> str:
-    """Parenthesises what is no single name or call."""
-    depth = 0
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        if c == " " and depth == 0:
-            return f"({text})"
-    return f"({text})" if text.startswith("-") else text
-
-
-def _number(value: float) -> str:
-    if value != value or value in (float("inf"), float("-inf")):
-        return f'float("{value}")'
-    return repr(float(value))
-
-
-def _power(text: str, power: float) -> str:
-    """text^power for a positive power."""
-    names = {1.0: "{0}", 2.0: "{0}.square()", 0.5: "{0}.sqrt()"}
-    return names[power].format(text) if power in names else f"{text}.pow({power!r})"
-
-
-def _product_text(text: str, members: Sequence[tuple[Operand, float]], order: Sequence[Label]) -> str:
-    """`text` times the members, all over the same axes; a lone negative power is written as its inverse."""
-    above = [m for m in members if m[1] > 0.0]
-    below = [m for m in members if m[1] < 0.0]
-    for operand, power in above:
-        part = _power(_bracket(operand.aligned(order)), power)
-        text = f"{text} * {part}" if text else part
-    for operand, power in below:
-        own = operand.aligned(order)
-        inverse = _inverse_power(own, -power)
-        if inverse and (not text or power != -1.0):
-            text = f"{text} * {inverse}" if text else inverse
-        else:
-            text = f"{text or '1.0'} / {_power(_bracket(own), -power)}"
-    return text
-
-
-def _inverse_power(text: str, power: float) -> str:
-    """text^-power where torch has a function for it, else ''."""
-    text = _bracket(text)
-    names = {1.0: "{0}.reciprocal()", 0.5: "{0}.rsqrt()", 1.5: "({0}.rsqrt() / {0})"}
-    return names[power].format(text) if power in names else ""
-
-
-def _dims(dims: Sequence[int]) -> str:
-    return str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
-
-
-def _tuple_body(sizes: Sequence[int]) -> str:
-    return "".join(f"{s}, " for s in sizes)
-
-
-NAMESPACE: dict[str, Any] = {"torch": torch}

@@ -8,6 +8,7 @@ Next file: `translate.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,9 +100,9 @@ def common_parts(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
         return out
 
     marks = sorted({1, *cuts(a), *cuts(b)})
-    if any(high % low for low, high in zip(marks, marks[1:], strict=False)):
+    if any(high % low for low, high in itertools.pairwise(marks)):
         return None
-    return [high // low for low, high in zip(marks, marks[1:], strict=False)][::-1]
+    return [high // low for low, high in itertools.pairwise(marks)][::-1]
 
 
 def aligned(build: Builder, values: Sequence[Value]) -> tuple[list[Ref], tuple[Dimension, ...]]:

@@ -25,7 +25,11 @@ from implicitdiff.structure.forms import Entry, Form
 
 @dataclass(frozen=True)
 class Route:
-    """How K is solved. `name`: "unconstrained", "range-space" (S by its labels), "numeric" (S formed densely), "full" (K as one matrix)."""
+    """How K is solved.
+
+    `name` is one of "unconstrained", "range-space" (S by its labels), "numeric" (S formed from p solves with H) and
+    "full" (K as one matrix).
+    """
 
     name: str
     hessian: Form

@@ -28,6 +28,7 @@ from implicitdiff.plan import Plan, check_options, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import flatten_like, unflatten
 from implicitdiff.records import open_records
+from implicitdiff.torch_private import without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -201,17 +202,17 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
     bound = bind(problem, inputs, options.in_dims)
     if bound.dtype in LOW_PRECISION:
         raise InputError(
-            f"the inputs of {type(problem).__name__} are {bound.dtype}, in which nothing can be solved: convert them "
-            "with .float(), or call the layer under torch.autocast, which does so and converts u back"
+            f"the inputs of {type(problem).__name__} are {bound.dtype}, in which nothing can be solved: convert "
+            "them with .float(), or call the layer under torch.autocast, which does so and converts u back"
         )
     if options.backward == "hand":
         _refuse_parameters(problem, bound)
     example = variable_example(problem, bound) if problem.declares("init") else solved_example(problem, bound)
     start = None if init is None else _start(init, example, bound, type(problem).__name__)
-    plan = _plan(problem, bound, example, options, options.backward)
-    forward_plan = (
-        plan if options.backward != "approximate" else _plan(problem, bound, example, options, "auto")
-    )
+    with without_saved_tensor_hooks():
+        plan = forward_plan = _plan(problem, bound, example, options, options.backward)
+        if options.backward == "approximate":
+            forward_plan = _plan(problem, bound, example, options, "auto")
     return Prepared(problem, bound, options, plan, forward_plan, plan.trace.theta(bound), start, restore)
 
 

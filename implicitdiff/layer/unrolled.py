@@ -21,7 +21,7 @@ from implicitdiff.optimality import check, tolerance
 from implicitdiff.problem import Solution
 from implicitdiff.pytrees import flatten_like
 from implicitdiff.status import Status
-from implicitdiff.torch_private import is_wrapped
+from implicitdiff.torch_private import is_wrapped, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 
@@ -69,7 +69,8 @@ def run_unrolled(prepared: Prepared) -> Outputs:
             + " and there is no init to unroll Newton's method from: declare init, or use backward='auto'"
         ) from reason
     steps = getattr(prepared.options.optimizer, "max_iter", None) or STEPS
-    u, lam = _newton(prepared, steps)
+    with without_saved_tensor_hooks():
+        u, lam = _newton(prepared, steps)
     return _judged(prepared, u, lam, steps)
 
 
@@ -150,7 +151,7 @@ def _judged(prepared: Prepared, u: Leaves, lam: Leaves | None, steps: int) -> Ou
         )
         unknown = tuple(u[0].new_full((u[0].shape[0], *shape), torch.nan) for shape in shapes)
         return Outputs(u, lam or unknown, status, iterations, residual)
-    with torch.no_grad():
+    with torch.no_grad(), without_saved_tensor_hooks():
         plain_u, plain = tuple(leaf.detach() for leaf in u), tuple(tensor.detach() for tensor in theta)
         constants = (
             prepared.plan.multipliers(plain_u, plain) if lam is None else tuple(leaf.detach() for leaf in lam)

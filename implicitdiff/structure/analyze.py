@@ -1,8 +1,8 @@
 """From labelled terms to a kind of matrix: a statement about the declared functions, never about sizes.
 
-In: `Contribution`s (a term of H or S: labels of its rows and columns, factors, summed labels). Out: a `Form`. A label that
-rows and columns share is a delta: all shared is diagonal, the same axes shared by every term is block-diagonal, factors
-that split into a row side and a column side are a low-rank term. Next file: `dependence.py`.
+In: `Contribution`s (a term of H or S: labels of its rows and columns, factors, summed labels). Out: a `Form`. A label
+that rows and columns share is a delta: all shared is diagonal, the same axes shared by every term is block-diagonal,
+factors that split into a row side and a column side are a low-rank term. Next file: `dependence.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from implicitdiff.structure.forms import Entry, Form, LowRankTerm, Space
 
 @dataclass(frozen=True)
 class Contribution:
-    """sum over `summed` of the product of `factors`, from block `block[0]` (axes `rows`) to `block[1]` (axes `columns`)."""
+    """sum over `summed` of the product of `factors`: rows of block `block[0]`, columns of block `block[1]`."""
 
     block: tuple[int, int]
     rows: tuple[Label, ...]

@@ -1,8 +1,8 @@
 """Constraints that depend on each other for every value of the inputs: found as equal expressions.
 
-In: the labelled Jacobian of each constraint. Out: vectors z with z'A = 0, and a sentence about each. A constraint's rows
-are summed over every subset of its own axes; two such sums that are the same expression up to a factor are dependent rows
-(a failing pivot does not find them: a Cholesky factorisation succeeds on most singular Schur complements).
+In: the labelled Jacobian of each constraint. Out: vectors z with z'A = 0, and a sentence about each. A constraint's
+rows are summed over every subset of its own axes; two such sums that are the same expression up to a factor are
+dependent (a failing pivot does not find them: a Cholesky factorisation succeeds on most singular Schur complements).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _vectors(
     first: tuple[int, tuple[int, ...], float],
     other: tuple[int, tuple[int, ...], float],
 ) -> list[Tensor]:
-    """z over all constraints joined: ones / factor on the first block, -ones / factor on the other; one z per remaining entry."""
+    """z over all constraints joined: 1 / factor on the first block, -1 / factor on the other; one per free entry."""
     remaining = [s for k, s in enumerate(sizes[first[0]]) if k not in first[1]]
     out: list[Tensor] = []
     for entry in itertools.product(*(range(s) for s in remaining)):

@@ -1,7 +1,7 @@
 """The one-time test of a claimed structure: one product with K against automatic differentiation.
 
-In: the two products at one sample, for one vector without structure. Out: whether they agree. It catches a wrong term of H
-or A (a rule with a bug), not a badly conditioned one. Next file: `structured.py`.
+In: the two products at one sample, for one vector without structure. Out: whether they agree. It catches a wrong term
+of H or A (a rule with a bug), not a badly conditioned one. Next file: `structured.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The derivation in symbols: H, A and S as a person would write them, in index notation.
 
-In: forms and refs. Out: lines of text. Sums get names (s1, s2, ...) and are written once, after the lines that use them.
+In: forms and refs. Out: lines of text. Sums get names (s1, s2, ...) and are written once, after their first use.
 Next file: `report.py`.
 """
 

@@ -1,8 +1,8 @@
 """The structured plan: every question about a problem answered by code emitted from its proved structure.
 
-In: a `Trace`. Out: `StructuredPlan`, which satisfies `implicitdiff.plan.Plan`. Translation, derivatives, classification and
-the choice of the solver happen once. Where a factorisation fails, K is taken as one matrix; where the probe finds the
-structure wrong, the dense plan answers.
+In: a `Trace`. Out: `StructuredPlan`, which satisfies `implicitdiff.plan.Plan`. Translation, derivatives, classification
+and the choice of the solver happen once. Where a factorisation fails, K is taken as one matrix; where the probe finds
+the structure wrong, the dense plan answers.
 """
 
 from __future__ import annotations
@@ -222,13 +222,13 @@ class StructuredPlan:
     # ---------------------------------------------------------------- the probe
 
     def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
-        """Whether the one product that is tested, on the first call with data, differs from automatic differentiation."""
+        """Whether the product tested on the first call with data differs from automatic differentiation."""
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self._probe(u, lam, theta))
             if self._contradiction:
                 warnings.warn(
-                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic differentiation; "
-                    "the dense path is taken instead. Please report this as a bug, with the problem.",
+                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
+                    "differentiation; the dense path is taken instead. Please report this as a bug, with the problem.",
                     StructureMismatchWarning,
                     stacklevel=2,
                 )

@@ -88,13 +88,11 @@ class Writer:
         """The statement that gives an argument the finer axes of its leaf, where they differ from its dimensions."""
         if self.arguments.shape(name) == tuple(sizes):
             return []
-        lead = [f"*{name}.shape[:{prefix}]"] if prefix else []
-        return [
-            f"{name} = {name}.reshape(({', '.join([*lead, *map(str, sizes)])}{',' if len(lead) + len(sizes) == 1 else ''}))"
-        ]
+        parts = ([f"*{name}.shape[:{prefix}]"] if prefix else []) + [str(size) for size in sizes]
+        return [f"{name} = {name}.reshape(({', '.join(parts)}{',' if len(parts) == 1 else ''}))"]
 
     def _cast(self, name: str, like: str) -> list[str]:
-        """Parameters and buffers may be of another floating dtype than the variables (a float32 number, float64 data)."""
+        """A Parameter or buffer may be of another floating dtype than the variables (float32 beside float64)."""
         declared = self.arguments.declared
         own = declared.variables[0].placeholder.dtype
         for leaf in declared.theta:

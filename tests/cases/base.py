@@ -15,6 +15,7 @@ from implicitdiff import Problem
 from tests.oracles import solved
 
 Sizes = tuple[int, ...]
+MakeInputs = Callable[["Draw", Sizes], tuple[Any, ...]]
 
 # What may be chosen at the small sizes of the table. Which of several correct direct solvers is cheapest
 # there is the cost model's business; the sizes at which the choice is prescribed have a test of their own
@@ -84,7 +85,7 @@ class Case:
 
     name: str
     make_problem: Callable[[], Problem]
-    inputs: Callable[[Draw, Sizes], tuple[Any, ...]]
+    inputs: MakeInputs
     sizes: tuple[Sizes, ...]
     in_dims: Any = 0
     hessian: str | None = None

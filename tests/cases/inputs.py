@@ -37,6 +37,7 @@ class ManyTensors(idf.Problem):
             self.net.weight.copy_(torch.randn(m, m, generator=generator, dtype=torch.float64))
             self.net.bias.copy_(torch.randn(m, generator=generator, dtype=torch.float64))
         self.a = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.b: Tensor
         self.register_buffer("b", torch.linspace(0.5, 1.0, m, dtype=torch.float64))
         self.shift = 0.25
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import DENSE, LOW_RANK, Case
+from tests.cases.base import DENSE, DIVIDE, LOW_RANK, Case
 
 
 class PairwiseCosh(idf.Problem):
@@ -49,6 +49,17 @@ class NeighbourDifferences(idf.Problem):
         return torch.zeros_like(x)
 
 
+class CancelledDifferences(idf.Problem):
+    """minimise over u  sum_i relu(clamp(u_i - u_i + 0.5)^2) u_i^2 + |u - x|^2,  x (m,)."""
+
+    def objective(self, u: Tensor, x: Tensor) -> Tensor:
+        half = torch.clamp(u - u + 0.5, min=0.0) ** 2
+        return (torch.relu(half) * u**2).sum() + ((u - x) ** 2).sum()
+
+    def init(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 CASES = (
     Case(
         name="pairwise-cosh",
@@ -67,6 +78,15 @@ CASES = (
         hessian="low-rank-plus-diagonal",
         solvers=LOW_RANK,
         notes="H = diag(2 m + 2 c) - 2 11': the dense part has rank 1, provable from constant curvature",
+    ),
+    Case(
+        name="cancelled-differences",
+        make_problem=CancelledDifferences,
+        inputs=lambda draw, sizes: (draw.normal(*sizes),),
+        sizes=((4,), (1,)),
+        hessian="scaled-identity",
+        solvers=DIVIDE,
+        notes="u - u cancels, so that the conditions of clamp and relu are constants",
     ),
     Case(
         name="running-sums",

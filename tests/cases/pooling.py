@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from implicitdiff.problems import RobustPooling
-from tests.cases.base import DIVIDE, LOW_RANK, Case, Draw, Sizes
+from tests.cases.base import DIVIDE, LOW_RANK, Case, Draw, MakeInputs, Sizes
 
 
-def points(spread: float, outlier: float = 0.0):
+def points(spread: float, outlier: float = 0.0) -> MakeInputs:
     """Inputs x (m, n): normal points, the first of them moved by `outlier` where there are at least three."""
 
     def inputs(draw: Draw, sizes: Sizes) -> tuple[Tensor, ...]:

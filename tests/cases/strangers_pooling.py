@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import LOW_RANK, Case, Draw, Sizes
+from tests.cases.base import LOW_RANK, Case, Draw, MakeInputs, Sizes
 
 
 class PointsInRows(idf.Problem):
@@ -63,7 +63,7 @@ def _points(draw: Draw, sizes: Sizes) -> Tensor:
     return draw.normal(*sizes)
 
 
-def _case(name: str, problem: type[idf.Problem], inputs, notes: str = "") -> Case:
+def _case(name: str, problem: type[idf.Problem], inputs: MakeInputs, notes: str = "") -> Case:
     return Case(
         name=f"pooling-{name}",
         make_problem=problem,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import SCHUR, Case, Draw, Sizes
+from tests.cases.base import SCHUR, Case, Draw, MakeInputs, Sizes
 from tests.cases.transport import balanced, costs_and_marginals
 
 GAMMA = 2.0
@@ -115,7 +115,7 @@ def _balanced_last(*inputs: Tensor, first: int) -> tuple[Tensor, ...]:
 def _case(
     name: str,
     problem: type[idf.Problem],
-    inputs: Callable[[Draw, Sizes], tuple[Any, ...]],
+    inputs: MakeInputs,
     sizes: tuple[Sizes, ...],
     consistent: Callable[..., tuple[Any, ...]],
     schur: str | None = "block",

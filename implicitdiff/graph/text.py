@@ -1,0 +1,106 @@
+"""Pieces of torch source: operands with labelled axes, powers, numbers, brackets.
+
+In: names and labels. Out: strings. Next file: `contraction.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from implicitdiff.graph.ir import Label
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor expression, its trailing axes by label, and how many leading axes it has (0, 1 or 2)."""
+
+    text: str
+    labels: tuple[Label, ...]
+    prefix: int
+
+    def aligned(self, order: Sequence[Label]) -> str:
+        """The expression with its axes in `order`, 1 where it has none."""
+        own = [k for k in order if k in self.labels]
+        text = self.text
+        if tuple(own) != self.labels:
+            text = permuted(text, [self.labels.index(k) for k in own], self.prefix)
+        missing = [k not in self.labels for k in order]
+        if not any(missing) or (not self.labels and self.prefix == 0):
+            return text
+        if self.prefix == 0:
+            # leading ones come by themselves when there is no prefix to keep apart
+            first = missing.index(False)
+            missing = missing[first:]
+            if not any(missing):
+                return text
+        return f"{bracket(text)}[..., {', '.join('None' if m else ':' for m in missing)}]"
+
+
+def permuted(text: str, order: Sequence[int], prefix: int) -> str:
+    """`text` with its trailing axes permuted."""
+    if list(order) == list(range(len(order))):
+        return text
+    text = bracket(text)
+    if list(order) == [1, 0]:
+        return f"{text}.mT"
+    return f"{text}.permute({', '.join(map(str, [*range(prefix), *(prefix + k for k in order)]))})"
+
+
+def words(text: str) -> set[str]:
+    clean = "".join(c if c.isalnum() or c == "_" else " " for c in text)
+    return set(clean.split())
+
+
+def bracket(text: str) -> str:
+    """Parenthesises what is no single name or call."""
+    depth = 0
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        if c == " " and depth == 0:
+            return f"({text})"
+    return f"({text})" if text.startswith("-") else text
+
+
+def literal(value: float) -> str:
+    if value != value or value in (float("inf"), float("-inf")):
+        return f'float("{value}")'
+    return repr(float(value))
+
+
+def raised(text: str, power: float) -> str:
+    """text^power for a positive power."""
+    names = {1.0: "{0}", 2.0: "{0}.square()", 0.5: "{0}.sqrt()"}
+    return names[power].format(text) if power in names else f"{text}.pow({power!r})"
+
+
+def product_text(text: str, members: Sequence[tuple[Operand, float]], order: Sequence[Label]) -> str:
+    """`text` times the members, all over the same axes; a lone negative power is written as its inverse."""
+    above = [m for m in members if m[1] > 0.0]
+    below = [m for m in members if m[1] < 0.0]
+    for operand, power in above:
+        part = raised(bracket(operand.aligned(order)), power)
+        text = f"{text} * {part}" if text else part
+    for operand, power in below:
+        own = operand.aligned(order)
+        inverse = inverse_power(own, -power)
+        if inverse and (not text or power != -1.0):
+            text = f"{text} * {inverse}" if text else inverse
+        else:
+            text = f"{text or '1.0'} / {raised(bracket(own), -power)}"
+    return text
+
+
+def inverse_power(text: str, power: float) -> str:
+    """text^-power where torch has a function for it, else ''."""
+    text = bracket(text)
+    names = {1.0: "{0}.reciprocal()", 0.5: "{0}.rsqrt()", 1.5: "({0}.rsqrt() / {0})"}
+    return names[power].format(text) if power in names else ""
+
+
+def axis_list(dims: Sequence[int]) -> str:
+    return str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
+
+
+def tuple_body(sizes: Sequence[int]) -> str:
+    return "".join(f"{s}, " for s in sizes)
