@@ -135,26 +135,42 @@ def test_failure_under_vmap_of_grad_has_a_name() -> None:
         vmap(grad(lambda x: layer(x).sum()))(data)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_badly_scaled_systems_are_not_taken_for_singular(scale: float) -> None:
-    """H of size `scale` beside constraints of size 1."""
+class Entropic(idf.Problem):
+    """minimise x'u + sum u (log u - 1) / gamma  s.t.  sum(u) = 1: the softmax of -gamma x, where entries underflow."""
 
-    class Scaled(idf.Problem):
-        def objective(self, u, x):
-            return scale * ((u - x) ** 2).sum() / 2
+    gamma = 1e4
 
-        def equality(self, u, x):
-            return u.sum() - x[0] ** 2
+    def objective(self, u, x):
+        return x @ u + (u * (u.log() - 1)).sum() / self.gamma
 
-        def init(self, x):
-            return x
+    def equality(self, u, x):
+        return u.sum() - 1
 
-    x = draw(2, 3, seed=1)
-    layer = DeclarativeLayer(Scaled(), backward="dense")
-    found = torch.autograd.grad(layer(x)[:, 0].sum(), x)[0]
-    unit = torch.eye(3, dtype=torch.float64)[0]
-    expected = unit - 1 / 3 + 2 / 3 * x.detach()[:, :1] * unit
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    def init(self, x):
+        return torch.full_like(x, 1 / len(x))
+
+    def solve(self, x):
+        lam = -torch.logsumexp(-self.gamma * x, 1) / self.gamma
+        return idf.Solution(torch.softmax(-self.gamma * x, 1), equality_multipliers=lam)
+
+
+@backwards
+def test_entries_that_underflow_have_no_derivative_and_spoil_none(backward: str) -> None:
+    x = torch.tensor(
+        [[0.0, 1e-4, 0.5, 0.9], [0.3, 0.3, 0.30002, 0.9]], dtype=torch.float64, requires_grad=True
+    )
+    layer = DeclarativeLayer(Entropic(), backward=backward)
+    weight = draw(2, 4, seed=1).detach()
+    u = layer(x)
+    assert ((u == 0).sum(1) == torch.tensor([2, 1])).all()
+    plain = torch.softmax(-layer.problem.gamma * x, 1)
+    expected = torch.autograd.grad((plain * weight).sum(), x)[0]
+    for create_graph in (False, True):
+        found = torch.autograd.grad((layer(x) * weight).sum(), x, create_graph=create_graph)[0]
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-7)
+        assert (found.detach()[u.detach() == 0] == 0).all()
+    slope = jvp(layer, (x.detach(),), (weight,))[1]
+    torch.testing.assert_close(slope, jvp(lambda x: torch.softmax(-1e4 * x, 1), (x.detach(),), (weight,))[1])
 
 
 def test_gradients_of_dependent_constraints_are_of_minimum_norm() -> None:

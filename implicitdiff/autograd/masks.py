@@ -89,7 +89,6 @@ class Masks:
             if grad is None:
                 return None
             if batched:
-                grad = torch.where(_along(self.failed, grad), 0.0, grad)
                 return torch.where(_along(loud, grad), self._value(), grad)
             return grad + torch.where(loud.any(), self._value(), 0.0).to(grad.dtype)
 

@@ -39,7 +39,7 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor
     finite = torch.isfinite(matrix).all(-1).all(-1)
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite[:, None, None], matrix, identity)
-    scale = _equilibration(matrix)
+    scale = _equilibration(matrix, variables)
     scaled = scale[:, :, None] * matrix * scale[:, None, :]
 
     # |K^-1 p| for a fixed p without structure tells how close to singular K is: pivots alone can miss it.
@@ -69,14 +69,22 @@ def _rank_tolerance(matrix: Tensor) -> float:
     return 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps
 
 
-def _equilibration(matrix: Tensor) -> Tensor:
-    """d (B, N) such that diag(d) K diag(d) has rows of maximum about 1 (three sweeps of Ruiz' scaling; 1 for
-    a zero row).
+def _equilibration(matrix: Tensor, variables: int) -> Tensor:
+    """d (B, N) such that diag(d) K diag(d) has a top left block and rows of size about 1.
 
-    Powers of two, so that scaling commits no rounding error.
+    The variables are scaled by H alone, d_i = max_j |H_ij|^-1/2, then the multipliers by the rows of A that this leaves:
+    otherwise a small H beside a large A, which is perfectly regular, would look like zero. Three sweeps of Ruiz' scaling
+    do what is left. Powers of two, so that scaling commits no rounding error.
     """
-    scale = torch.ones(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
     magnitude = matrix.abs()
+    scale = torch.ones(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
+    if variables:
+        rows = magnitude[:, :variables, :variables].amax(2)
+        largest = rows.amax(1, keepdim=True)
+        rows = torch.where(rows > 0, rows, torch.where(largest > 0, largest, 1.0))
+        scale[:, :variables] = rows.rsqrt()
+        below = (magnitude[:, variables:, :variables] * scale[:, None, :variables]).amax(2)
+        scale[:, variables:] = torch.where(below > 0, 1 / torch.where(below > 0, below, 1.0), 1.0)
     for _ in range(3):
         rows = (scale[:, :, None] * magnitude * scale[:, None, :]).amax(2)
         scale = scale * torch.where(rows > 0, rows, 1.0).rsqrt()

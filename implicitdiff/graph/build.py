@@ -295,8 +295,8 @@ class Builder:
         numbers = [self.as_number(a) for a in args]
         if all(n is not None for n in numbers) and name in FOLD:
             return self.number(FOLD[name](*numbers, *params))
-        if name == "where" and args[1] == args[2]:
-            return args[1]
+        if name == "where" and (args[1] == args[2] or numbers[0] is not None):
+            return args[1] if args[1] == args[2] or numbers[0] else args[2]
         leaves: frozenset[int] | None = (
             frozenset() if name in ("detach", "gt", "ge", "lt", "le", "eq", "ne", "sign") else None
         )

@@ -29,6 +29,16 @@ FOLD: dict[str, Callable[..., float]] = {
     "abs": abs,
     "sign": lambda a: float((a > 0.0) - (a < 0.0)),
     "detach": lambda a: a,
+    "cast": lambda a: a,
+    "gt": lambda a, b: float(a > b),
+    "ge": lambda a, b: float(a >= b),
+    "lt": lambda a, b: float(a < b),
+    "le": lambda a, b: float(a <= b),
+    "eq": lambda a, b: float(a == b),
+    "ne": lambda a, b: float(a != b),
+    "and": lambda a, b: float(bool(a) and bool(b)),
+    "or": lambda a, b: float(bool(a) or bool(b)),
+    "not": lambda a: float(not a),
 }
 """Values of functions of constants."""
 
