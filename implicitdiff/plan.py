@@ -1,7 +1,7 @@
 """The plan of a problem: everything decided once per signature, run many times.
 
-In: a problem, its bound inputs and the options. Out: a `Plan`, from a bounded cache. A structured plan is
-tried first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autograd/implicit.py` and
+In: a problem, its bound inputs and the options. Out: a `Plan`, from a bounded cache. A structured plan is tried
+first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autograd/implicit.py` and
 `optimizers/forward.py` run plans.
 """
 
@@ -47,9 +47,8 @@ PLANS_PER_PROBLEM = 32
 class Plan(Protocol):
     """What the layer and the optimizers ask about one problem; tensors are plain, no gradient is recorded.
 
-    u are the leaves of the variables (B, *shape), lam those of the multipliers, theta the inputs followed by
-    the tensors of the problem and the captured ones, in the order of `trace.placeholders`. K = [[H, -A'],
-    [-A, 0]].
+    u are the leaves of the variables (B, *shape), lam those of the multipliers, theta the inputs followed by the
+    tensors of the problem and the captured ones, in the order of `trace.placeholders`. K = [[H, -A'], [-A, 0]].
     """
 
     trace: Trace
@@ -100,9 +99,10 @@ def plan_for(
         backward: the layer's option; it decides which kind of plan is made.
         linear_solver: the layer's option.
 
-    Returns: The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need
-        gradients, training, the default dtype, the values of the problem's attributes, the options. Values of
-        tensors are no part of it, nor is the batch size.
+    Returns:
+        The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need gradients, training,
+        the default dtype, the values of the problem's attributes, the options. Values of tensors are no part of it,
+        nor is the batch size.
 
     Raises:
         TraceError: the declared functions cannot be traced.

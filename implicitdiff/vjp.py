@@ -1,8 +1,7 @@
-"""The derivatives of one problem as matrices: the Jacobian of its solution, and A, B, C, H of the seed
-paper's Eqn. 3.
+"""The derivatives of one problem as matrices: the Jacobian of its solution, and A, B, C, H of the seed paper's Eqn. 3.
 
-In: a problem and its inputs. Out: dense tensors, for lessons, for tests and for people who need the whole
-Jacobian. Next: `layer/module.py`, which never forms B or C.
+In: a problem and its inputs. Out: dense tensors, for lessons, for tests and for people who need the whole Jacobian.
+Next: `layer/module.py`, which never forms B or C.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ CHUNK_ENTRIES = 2**21
 
 
 def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
-    """D_x u of every sample, by one factorisation of K and as many right-hand sides as there are variables or
-    inputs.
+    """D_x u of every sample, by one factorisation of K and as many right-hand sides as there are variables or inputs.
 
-    Row by row (K z = -e_i, then a pullback) where u is the smaller side, column by column (K z = -F_x e_j)
-    otherwise.
+    Row by row (K z = -e_i, then a pullback) where u is the smaller side, column by column (K z = -F_x e_j) otherwise.
 
-    Args: problem: the declaration. inputs: as its functions take them after u; plain tensors. Inside a
-        torch.func transform take `torch.func.jacrev` of
-            the layer instead.
+    Args:
+        problem: the declaration.
+        inputs: as its functions take them after u; plain tensors. Inside a torch.func transform take
+            `torch.func.jacrev` of the layer instead.
         in_dims: see `DeclarativeLayer`.
 
-    Returns: (batch, *shape of u, *shape of x) for one variable tensor and one input tensor; without the batch
-        axis if none came in. With several: a pytree like u, in which each leaf is a tuple of the inputs (the
-        input itself if there is one), as from torch.func.jacrev of one sample. A shared input's is the
-        Jacobian of each sample, not summed. None stands for inputs that are not floating.
+    Returns:
+        (batch, *shape of u, *shape of x) for one variable tensor and one input tensor; without the batch axis if none
+        came in. With several: a pytree like u, in which each leaf is a tuple of the inputs (the input itself if there
+        is one), as from torch.func.jacrev of one sample. A shared input's is the Jacobian of each sample, not summed.
+        None stands for inputs that are not floating.
 
-    Raises: InputError: something is wrong with an input. SingularError: the solution of a sample is not
-        locally unique.
+    Raises:
+        InputError: something is wrong with an input. SingularError: the solution of a sample is not locally unique.
     """
     options = Options(in_dims=in_dims)
     prepared = prepare(require_problem(problem), inputs, options)
@@ -161,8 +160,7 @@ class Structured:
 
 @dataclass(frozen=True)
 class Derivatives:
-    """The matrices of Eqn. 3 at one point, over flattened and joined variables (m), inputs (n) and
-    constraints (p).
+    """The matrices of Eqn. 3 at one point, over flattened and joined variables (m), inputs (n) and constraints (p).
 
     With L = f - lambda'h, H = D_uu L, B = D_xu L, A = D_u h, C = D_x h, and H regular:
 
@@ -218,8 +216,8 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
     Returns:
         Derivatives. Integer inputs have no columns. Costs m + p gradients and (m + p) (m + n) numbers.
 
-    Raises: InputError: something is wrong with an input. SolutionError: u does not have the structure or
-        shape of `init`.
+    Raises:
+        InputError: something is wrong with an input. SolutionError: u does not have the structure or shape of `init`.
     """
     require_problem(problem)
     bound = bind(problem, inputs, None)

@@ -36,6 +36,13 @@ def test_a_solution_that_is_not_unique_has_no_derivative(backward: str) -> None:
     torch.testing.assert_close(found, torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64))
 
 
+def test_an_iteration_that_does_not_converge_has_its_own_name() -> None:
+    """u_0 may be anything, but is asked for: no w has K w = -v."""
+    x = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(idf.ConvergenceError, match="sample 1 of 2"):
+        DeclarativeLayer(Flat(), backward="matrix-free")(x).sum().backward()
+
+
 @backwards
 @pytest.mark.parametrize(("policy", "value"), [("nan", torch.nan), ("zero", 0.0)])
 def test_a_singular_sample_under_the_policies_leaves_the_others_alone(

@@ -1,8 +1,7 @@
-"""The solution as a differentiable function: one autograd.Function for the layer, one for the linear solve
-behind it.
+"""The solution as a differentiable function: one autograd.Function for the layer, one for the linear solve behind it.
 
-In: a `Call` (a plan and the tensors of one call of a layer). Out: outputs that autograd, torch.func and
-forward mode can differentiate. Start reading at `call.py`, then `kkt.py` and `implicit.py`.
+In: a `Call` (a plan and the tensors of one call of a layer). Out: outputs that autograd, torch.func and forward mode
+can differentiate. Start reading at `call.py`, then `kkt.py` and `implicit.py`.
 """
 
 from implicitdiff.autograd.call import Call

@@ -1,5 +1,5 @@
-"""Cotangents and tangents that come batched by torch's older vmap: taken through torch.func's, which knows
-our functions.
+"""Cotangents and tangents that come batched by torch's older vmap: taken through torch.func's, which knows our
+functions.
 
 In: a derivative as a function of cotangents. Out: its values, batched the same way. Next: `autograd/kkt.py`.
 """
@@ -26,8 +26,9 @@ Values = tuple[Tensor | None, ...]
 def through_func(derivative: Callable[..., Values], given: Sequence[Tensor | None]) -> Values:
     """derivative(*given), where entries of `given` may be batched by `autograd.grad(is_grads_batched=True)`.
 
-    Args: derivative: linear in its arguments, made of operations that torch.func.vmap knows; it may return
-        None entries. given: cotangents or tangents, or None.
+    Args:
+        derivative: linear in its arguments, made of operations that torch.func.vmap knows; it may return None entries.
+        given: cotangents or tangents, or None.
 
     Raises:
         NotSupportedYetError: several such batch axes are nested.

@@ -1,8 +1,8 @@
-"""One call of a layer as its autograd functions see it: what is fixed, which tensors carry the batch, and how
-vmap folds.
+"""One call of a layer as its autograd functions see it: what is fixed, which tensors carry the batch, and how vmap
+folds.
 
-In: a plan and the tensors of a call. Out: a `Call` that may be passed through `autograd.Function.apply`, and
-the folding of a vmapped axis into the batch. Next: `autograd/kkt.py` and `autograd/implicit.py`.
+In: a plan and the tensors of a call. Out: a `Call` that may be passed through `autograd.Function.apply`, and the
+folding of a vmapped axis into the batch. Next: `autograd/kkt.py` and `autograd/implicit.py`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,17 @@ class Solved(Protocol):
 class Call:
     """Everything about one call that is not a differentiable tensor.
 
-    Attributes: plan: the plan that the backward uses, for the flags `batched`. batched: for each theta,
-        whether it carries the batch axis. batch: B. solve: the forward, (call, theta, initial leaves or None)
-        -> what `Solved` says. It sees plain tensors only. on_failure: the policy for samples without a
-        solution or without a derivative. name: the problem's class, for messages. backward, linear_solver:
-        the layer's options, with which the plan was made. records: the records open at the forward; the
-        backward may run in another thread. vjp: the hand-written gradient, (call, u, v, theta) -> one
-        gradient per theta or None; None for the automatic one.
+    Attributes:
+        plan: the plan that the backward uses, for the flags `batched`.
+        batched: for each theta, whether it carries the batch axis.
+        batch: B.
+        solve: the forward, (call, theta, initial leaves or None) -> what `Solved` says. It sees plain tensors only.
+        on_failure: the policy for samples without a solution or without a derivative.
+        name: the problem's class, for messages.
+        backward, linear_solver: the layer's options, with which the plan was made.
+        records: the records open at the forward; the backward may run in another thread.
+        vjp: the hand-written gradient, (call, u, v, theta) -> one gradient per theta or None; None for the automatic
+            one.
     """
 
     plan: Plan
@@ -92,8 +96,8 @@ class Call:
     ) -> tuple[Leaves, Call]:
         """Fold a vmapped axis of `size` V into the batch of theta: (V * B, ...).
 
-        Batched tensors are folded (or repeated, if not vmapped); shared ones become batched if vmapped and
-        stay shared otherwise.
+        Batched tensors are folded (or repeated, if not vmapped); shared ones become batched if vmapped and stay shared
+        otherwise.
         """
         flags = tuple(flag or dim is not None for flag, dim in zip(self.batched, dims, strict=True))
         folded = []
@@ -114,8 +118,8 @@ def _axis(dim: int | None) -> int:
 
 
 def fold(value: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
-    """A tensor whose batch axis is `at` (the vmapped axis not counted): (..., B, ...) with V at `dim`, as
-    (..., V * B, ...).
+    """A tensor whose batch axis is `at` (the vmapped axis not counted): (..., B, ...) with V at `dim`, as (..., V *
+    B, ...).
     """
     if dim is None:
         lifted = value.unsqueeze(at).expand(*value.shape[:at], size, *value.shape[at:])
@@ -151,8 +155,8 @@ def undisturbed(like: Tensor) -> Iterator[None]:
 
 
 def own(output: Tensor, held: set[int]) -> Tensor:
-    """A contiguous tensor that is no view and shares no memory with `held`: autograd treats views of inputs,
-    and views made inside a function, as special cases."""
+    """A contiguous tensor that is no view and shares no memory with `held`: autograd treats views of inputs, and
+    views made inside a function, as special cases."""
     if output._base is not None or output.untyped_storage().data_ptr() in held:
         return output.clone(memory_format=torch.contiguous_format)
     return output.contiguous()

@@ -1,7 +1,6 @@
 """The hand-written gradient of a problem, as a function that says so when it is differentiated again.
 
-In: u, its cotangent and theta. Out: one gradient per theta, by the problem's own `vjp`. Next:
-`autograd/implicit.py`.
+In: u, its cotangent and theta. Out: one gradient per theta, by the problem's own `vjp`. Next: `autograd/implicit.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from implicitdiff.errors import NotSupportedYetError
 
 
 class HandVjp(torch.autograd.Function):
-    """The problem's `vjp` hook on plain batched tensors, under every transform; its own derivatives raise a
-    named error.
+    """The problem's `vjp` hook on plain batched tensors, under every transform; its own derivatives raise a named
+    error.
 
-    torch's once_differentiable would not do: torch.func ignores it and returns zeros for the second
-    derivative. Apply to (call, *u, *v, *theta); the result is one tensor per theta (zeros where the hook
-    gives none).
+    torch's once_differentiable would not do: torch.func ignores it and returns zeros for the second derivative.
+    Apply to (call, *u, *v, *theta); the result is one tensor per theta (zeros where the hook gives none).
     """
 
     @staticmethod
@@ -54,8 +52,8 @@ class HandVjp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
-        """Fold the vmapped axis into the batch: gradients of tensors that are shared inside become one per
-        vmapped entry.
+        """Fold the vmapped axis into the batch: gradients of tensors that are shared inside become one per vmapped
+        entry.
         """
         size, count = info.batch_size, 2 * call.variables
         leaves = [

@@ -1,8 +1,8 @@
-"""The solution as a function of theta, for autograd: forward by any solver, derivatives by the implicit
-function theorem.
+"""The solution as a function of theta, for autograd: forward by any solver, derivatives by the implicit function
+theorem.
 
-In: a `Call` and the tensors theta. Out: (u, lam, status, iterations, residual), of which u and lam are
-differentiable to any order, in reverse and forward mode, under vmap. Next: `layer.py`, which makes the call.
+In: a `Call` and the tensors theta. Out: (u, lam, status, iterations, residual), of which u and lam are differentiable
+to any order, in reverse and forward mode, under vmap. Next: `layer/prepare.py`, which makes the call.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ EXTRAS = 3  # status, iterations, residual
 class ImplicitFunction(torch.autograd.Function):
     """(u, lam)(theta), defined by F(u, lam, theta) = (D_u L, -h) = 0.
 
-    Reverse: K (w, s) = -(v_u, v_lam), then the gradient in theta of <D_u L, w> - <h, s>. Forward: K (u',
-    lam') = -F_theta theta'. u and lam are saved as this function's own outputs, so a derivative of the
-    derivative sees them move.
+    Reverse: K (w, s) = -(v_u, v_lam), then the gradient in theta of <D_u L, w> - <h, s>. Forward: K (u', lam') =
+    -F_theta theta'. u and lam are saved as this function's own outputs, so a derivative of the derivative sees them
+    move.
 
     Apply to (call, *theta, *start): `start` are leaves (B, *shape) of a warm start, or nothing. The result is
     (*u, *lam, status, iterations, residual), each with the batch axis first.
@@ -52,9 +52,7 @@ class ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Everything a derivative needs goes through save_for_backward, which checks for changes made in
-        place.
-        """
+        """Everything a derivative needs goes through save_for_backward, which checks for changes made in place."""
         call: Call = inputs[0]
         ctx.call = call
         ctx.starts = len(inputs) - 1 - len(call.batched)
@@ -135,9 +133,9 @@ def pull_back(
 ) -> tuple[Tensor | None, ...]:
     """The gradients in theta for cotangents of (u, lam), None where not needed.
 
-    Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that
-    works in place. Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one
-    pullback.
+    Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that works in
+    place.
+    Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one pullback.
     """
     v = zeros_for(cotangents, (*u, *lam))
     if call.vjp is not None:

@@ -1,9 +1,8 @@
-"""z = K^-1 r as a differentiable function of r, u, lam and theta: the one linear solve behind all derivatives
-of a layer.
+"""z = K^-1 r as a differentiable function of r, u, lam and theta: the one linear solve behind all derivatives of a
+layer.
 
-In: right-hand sides (R, B, *shape) and a point. Out: (w, s), differentiable any number of times in reverse
-and forward mode and under vmap, whatever the plan does inside (in-place buffers, iterations, LAPACK). Next:
-`autograd/implicit.py`.
+In: right-hand sides (R, B, *shape) and a point. Out: (w, s), differentiable any number of times in reverse and forward
+mode and under vmap, whatever the plan does inside (in-place buffers, iterations, LAPACK). Next: `autograd/implicit.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from implicitdiff.autograd.batched_grads import through_func
 from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, undisturbed, unfold, zeros_for
-from implicitdiff.errors import OptimalityWarning, SingularError
+from implicitdiff.errors import ConvergenceError, OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
 from implicitdiff.status import Status
@@ -30,10 +29,9 @@ DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 class KKTSolve(torch.autograd.Function):
     """(w, s) = K^-1 (rhs_u, rhs_h), K = [[H, -A'], [-A, 0]] at (u, lam, theta), symmetric.
 
-    With z = K^-1 r and a cotangent c, q = K^-1 c: the gradient in r is q, that in the point is -D <q, K z>, q
-    and z fixed. A tangent is z' = K^-1 (r' - K' z). Where constraints are dependent K^-1 is the
-    pseudo-inverse; its formulas are the same as long as the dependence is structural (the null space of A'
-    does not move).
+    With z = K^-1 r and a cotangent c, q = K^-1 c: the gradient in r is q, that in the point is -D <q, K z>, q and z
+    fixed. A tangent is z' = K^-1 (r' - K' z). Where constraints are dependent K^-1 is the pseudo-inverse; its
+    formulas are the same as long as the dependence is structural (the null space of A' does not move).
 
     Apply to (call, *rhs_u, *rhs_h, *u, *lam, *theta); the result is (*w, *s).
     """
@@ -69,9 +67,7 @@ class KKTSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
-        """Only right-hand sides vmapped: more of them for one factorisation. Otherwise the axis goes into the
-        batch.
-        """
+        """Only right-hand sides vmapped: more of them for one factorisation. Otherwise the axis goes into the batch."""
         size, count = info.batch_size, call.variables + call.multipliers
         rhs, point = _parts(call, tensors)
         rhs_dims, point_dims = in_dims[1 : 1 + count], in_dims[1 + count :]
@@ -130,16 +126,20 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
 def solve(
     call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves
 ) -> tuple[Leaves, Leaves]:
-    """K^-1 rhs by the plan, plain tensors in and out, with `on_failure` applied to the samples that have no
-    answer.
+    """K^-1 rhs by the plan, plain tensors in and out, with `on_failure` applied to the samples that have no answer.
 
     A sample whose right-hand sides are exactly 0 has the answer 0 on every solver and is never a failure.
 
     Raises:
         SingularError: under "raise" (and under "damp" when no damping helps).
+        ConvergenceError: likewise, when an iterative solver did not reach its tolerance.
     """
     w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
     idle = _idle((*rhs_u, *rhs_h))
+    saddles = torch.nonzero((status == Status.INDEFINITE) & ~idle)[:, 0].tolist()
+    if saddles:
+        message = f"{call.name}: {name_samples(saddles, call.batch)}: not a strict minimum; the derivative is that of a saddle"
+        emit(Status.INDEFINITE.name, "backward", saddles, message, call.records)
     bad = unusable(status) & ~idle
     if bool(bad.any()):
         if call.on_failure == "damp":
@@ -208,7 +208,7 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
     )
     emit(kind.name, "backward", samples, message, call.records)
     if call.on_failure in ("raise", "damp"):
-        raise SingularError(message)
+        raise ConvergenceError(message) if kind == Status.NOT_CONVERGED else SingularError(message)
     if call.on_failure == "warn":
         warnings.warn(message, OptimalityWarning, stacklevel=2)
 

@@ -1,7 +1,7 @@
 """Samples without a solution, under on_failure="nan" or "zero": how a derivative passes them by.
 
-In: the status of each sample. Out: a point where every sample is sound, and the marks on the derivative
-afterwards, all in tensor operations so that it works under every transform. Next: `autograd/implicit.py`.
+In: the status of each sample. Out: a point where every sample is sound, and the marks on the derivative afterwards,
+all in tensor operations so that it works under every transform. Next: `autograd/implicit.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from implicitdiff.failures import failed
 class Masks:
     """Which samples of a call failed, and what the policy makes of them.
 
-    A failed sample takes the place of a sound one (the donor) while the derivative is computed, because NaN
-    in its u would reach everything that sums over the batch; its cotangent is 0 there. Afterwards its own
-    derivative is marked: NaN under "nan" wherever its cotangent was not 0, and so is the gradient of a shared
-    tensor, which is a sum over the samples; 0 under "zero", where the sum runs over the sound samples.
+    A failed sample takes the place of a sound one (the donor) while the derivative is computed, because NaN in its u
+    would reach everything that sums over the batch; its cotangent is 0 there. Afterwards its own derivative is
+    marked: NaN under "nan" wherever its cotangent was not 0, and so is the gradient of a shared tensor, which is a
+    sum over the samples; 0 under "zero", where the sum runs over the sound samples.
 
     Attributes:
         call: the call.

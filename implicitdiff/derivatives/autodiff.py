@@ -1,9 +1,9 @@
-"""The dense rung of the ladder: Eqn. 3 of the seed paper by automatic differentiation, batched, for any
-traceable problem.
+"""The dense rung of the ladder: Eqn. 3 of the seed paper by automatic differentiation, batched, for any traceable
+problem.
 
-In: a trace. Out: an `AutodiffPlan`, which answers every question a Plan is asked, exactly and without any
-structure: A and H dense by vmapped vector-Jacobian products, K by LU. Next: `plan.py`, which takes this plan
-where nothing better is proved, and `autograd.py`, which calls it.
+In: a trace. Out: an `AutodiffPlan`, which answers every question a Plan is asked, exactly and without any structure:
+A and H dense by vmapped vector-Jacobian products, K by LU. Next: `plan.py`, which takes this plan where nothing
+better is proved, and `autograd/implicit.py`, which calls it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ CHUNK_ENTRIES = 2**21
 class AutodiffPlan:
     """A Plan (see `plan.Plan`) by torch.func on the traced functions of one sample.
 
-    All tensors are plain (no gradient recorded, no functorch wrappers). Costs, with m variables, p
-    constraints and n entries of theta a sample: H takes m gradients, (B, m, m) numbers; A takes p of h; K one
-    LU of (m + p)^2.
+    All tensors are plain (no gradient recorded, no functorch wrappers). Costs, with m variables, p constraints and n
+    entries of theta a sample: H takes m gradients, (B, m, m) numbers; A takes p of h; K one LU of (m + p)^2.
     """
 
     def __init__(self, trace: Trace, analysis: Any) -> None:
@@ -56,11 +55,12 @@ class AutodiffPlan:
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h with their scales.
 
-        The terms that cancel inside D_u f are not visible to automatic differentiation. What stands in for
-        them is |H d|_inf with d = (+-|u_i|)_i for a fixed pattern of signs: the size of D_u f's linear part
-        in u, one Hessian-vector product. With constraints also |D_u f|_inf and |A'lam|_inf, which cancel each
-        other. For h likewise: the larger of |A d|_inf and |A |u||_inf. A u that is 0 altogether counts as
-        sqrt(eps) times the largest input, so that a minimum at 0 found up to rounding is a minimum.
+        The terms that cancel inside D_u f are not visible to automatic differentiation. What stands in for them is
+        |H d|_inf with d = (+-|u_i|)_i for a fixed pattern of signs: the size of D_u f's linear part in u, one
+        Hessian-vector product. With constraints also |D_u f|_inf and |A'lam|_inf, which cancel each other. For h
+        likewise: the larger of |A d|_inf and |A |u||_inf. A u that is 0 altogether counts as sqrt(eps) times the
+            largest input, so
+        that a minimum at 0 found up to rounding is a minimum.
         """
         gradient, pull = pullback(lambda *v: self.lagrangian.gradient(v, lam, theta), u)
         steps = self._steps(u, theta)
@@ -91,9 +91,7 @@ class AutodiffPlan:
         return tuple(leaf.abs() + _per_sample(lift, leaf) for leaf in u)
 
     def multipliers(self, u: Leaves, theta: Leaves) -> Leaves:
-        """lam of smallest norm among those that minimise |A'lam - D_u f|, from the singular values of A: O(m
-        p^2).
-        """
+        """lam of smallest norm among those that minimise |A'lam - D_u f|, from the singular values of A: O(m p^2)."""
         if not self.constraint_shapes:
             return ()
         slope = flat.join(self.lagrangian.objective_gradient(u, theta), 1)
@@ -154,9 +152,7 @@ class AutodiffPlan:
         return torch.cat([torch.cat([hessian, -jacobian.mT], 2), torch.cat([-jacobian, corner], 2)], 1)
 
     def _inside(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Tensor | None]:
-        """u moved off the edge of the domain, and which unknowns (B, m + p) stay fixed there; None if none
-        does.
-        """
+        """u moved off the edge of the domain, and which unknowns (B, m + p) stay fixed there; None if none does."""
         if not any(bool((leaf == 0).any()) for leaf in u):
             return u, None
         moved, lost = self.lagrangian.inside(u, lam, theta)
@@ -170,11 +166,10 @@ class AutodiffPlan:
     def kkt_solve(
         self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
     ) -> tuple[Leaves, Leaves, Tensor]:
-        """(w, s) = K^-1 rhs for right-hand sides (R, B, *shape); of minimum norm where constraints are
-        dependent.
+        """(w, s) = K^-1 rhs for right-hand sides (R, B, *shape); of minimum norm where constraints are dependent.
 
-        Entries of u that underflowed to the edge of the domain do not move: their rows and columns are those
-        of the identity, their w is 0.
+        Entries of u that underflowed to the edge of the domain do not move: their rows and columns are those of the
+        identity, their w is 0.
         """
         inside, fixed = self._inside(u, lam, theta)
         matrix = self.kkt_matrix(inside, lam, theta, shift)

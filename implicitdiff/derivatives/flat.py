@@ -1,8 +1,7 @@
 """Leaves side by side as one vector, and back: the only place that knows the layout of joined variables and
 constraints.
 
-In: tuples of leaves (..., *shape). Out: tensors (..., total), and the way back. Next:
-`derivatives/autodiff.py`.
+In: tuples of leaves (..., *shape). Out: tensors (..., total), and the way back. Next: `derivatives/autodiff.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ def split(flat: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
 
 
 def basis(shapes: Shapes, start: int, stop: int, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-    """The unit vectors start..stop of the joined space as leaves (stop - start, B, *shape), the same for all
-    samples.
-    """
+    """The unit vectors start..stop of the joined space as leaves (stop - start, B, *shape), for all samples."""
     unit = torch.zeros(stop - start, sum(sizes(shapes)), dtype=like.dtype, device=like.device)
     unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
     return split(unit[:, None, :].expand(-1, batch, -1), shapes)

@@ -1,8 +1,7 @@
-"""Solve the dense symmetric KKT system of a batch, telling dependent constraints from a solution that is not
-unique.
+"""Solve the dense symmetric KKT system of a batch, telling dependent constraints from a solution that is not unique.
 
-In: K (B, N, N) and right-hand sides. Out: the solution of smallest norm and one status per sample. LU with a
-condition estimate does the regular samples; only the suspicious ones pay for an eigendecomposition. Next:
+In: K (B, N, N) and right-hand sides. Out: the solution of smallest norm and one status per sample. LU with a condition
+estimate does the regular samples; only the suspicious ones pay for an eigendecomposition. Next:
 `derivatives/autodiff.py`.
 """
 
@@ -17,18 +16,19 @@ from implicitdiff.status import Status
 def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor, Tensor]:
     """K z = rhs for symmetric, possibly singular K, sample by sample.
 
-    K is scaled to DKD with rows of size about 1 first, so that a regular K whose blocks differ by many orders
-    of magnitude is not taken for a singular one. A null vector of K that lives in the multipliers alone (A'n
-    = 0) means dependent constraints: the answer is the pseudo-inverse K^+ rhs, the representative of minimum
-    norm. Any other null vector leaves a direction in which u is not determined: SINGULAR.
+    K is scaled to DKD first, so that a regular K whose blocks differ by many orders of magnitude is not taken
+    for a singular one. A null vector of K that lives in the multipliers alone (A'n = 0) means dependent
+    constraints: the answer is the pseudo-inverse K^+ rhs, the representative of minimum norm. Any other null vector
+    leaves a direction in which u is not determined: SINGULAR.
 
     Args:
         matrix: K, (B, N, N).
         rhs: (B, N, R).
         variables: m; the first m rows and columns belong to u.
 
-    Returns: z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A
-        right-hand side that is exactly 0 gives exactly 0 whatever the matrix.
+    Returns:
+        z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A right-hand
+        side that is exactly 0 gives exactly 0 whatever the matrix.
 
     Cost: 2/3 N^3 a sample; about 10 N^3 more for each sample that looks singular.
     """
@@ -39,8 +39,8 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor
     finite = torch.isfinite(matrix).all(-1).all(-1)
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite[:, None, None], matrix, identity)
-    scale = _equilibration(matrix, variables)
-    scaled = scale[:, :, None] * matrix * scale[:, None, :]
+    scale = _by_rows(matrix)
+    scaled = _scaled(matrix, scale)
 
     # |K^-1 p| for a fixed p without structure tells how close to singular K is: pivots alone can miss it.
     probe = torch.cos(2.0 + 3.7 * torch.arange(size, dtype=matrix.dtype, device=matrix.device) ** 1.1)
@@ -53,6 +53,12 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor
     suspicious = torch.nonzero(~regular)[:, 0]
     if len(suspicious):
         least, singular = _pseudo_solve(scaled[suspicious], scale[suspicious], rhs[suspicious], variables)
+        if bool(singular.any()):
+            left = suspicious[singular]
+            other = _by_blocks(matrix[left], variables)
+            again, still = _pseudo_solve(_scaled(matrix[left], other), other, rhs[left], variables)
+            least[singular] = torch.where(still[:, None, None], least[singular], again)
+            singular[singular.clone()] = still
         z = z.index_copy(0, suspicious, least)
         status[suspicious] = torch.where(singular, Status.SINGULAR.value, Status.OK.value).to(torch.int8)
     z = torch.where(finite[:, None, None], z, torch.nan)
@@ -63,32 +69,43 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor
 def _rank_tolerance(matrix: Tensor) -> float:
     """Eigenvalues below this share of the largest one count as zero.
 
-    A matrix that is singular in exact arithmetic has, after rounding of its entries, eigenvalues of a few eps
-    sqrt(N).
+    A matrix that is singular in exact arithmetic has, after rounding of its entries, eigenvalues of a few eps sqrt(N).
     """
     return 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps
 
 
-def _equilibration(matrix: Tensor, variables: int) -> Tensor:
-    """d (B, N) such that diag(d) K diag(d) has a top left block and rows of size about 1.
-
-    The variables are scaled by H alone, d_i = max_j |H_ij|^-1/2, then the multipliers by the rows of A that this leaves:
-    otherwise a small H beside a large A, which is perfectly regular, would look like zero. Three sweeps of Ruiz' scaling
-    do what is left. Powers of two, so that scaling commits no rounding error.
-    """
-    magnitude = matrix.abs()
+def _by_rows(matrix: Tensor) -> Tensor:
+    """d (B, N) such that diag(d) K diag(d) has rows of maximum about 1: three sweeps of Ruiz' scaling."""
     scale = torch.ones(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
-    if variables:
-        rows = magnitude[:, :variables, :variables].amax(2)
-        largest = rows.amax(1, keepdim=True)
-        rows = torch.where(rows > 0, rows, torch.where(largest > 0, largest, 1.0))
-        scale[:, :variables] = rows.rsqrt()
-        below = (magnitude[:, variables:, :variables] * scale[:, None, :variables]).amax(2)
-        scale[:, variables:] = torch.where(below > 0, 1 / torch.where(below > 0, below, 1.0), 1.0)
+    magnitude = matrix.abs()
     for _ in range(3):
         rows = (scale[:, :, None] * magnitude * scale[:, None, :]).amax(2)
         scale = scale * torch.where(rows > 0, rows, 1.0).rsqrt()
+    return _powers_of_two(scale)
+
+
+def _by_blocks(matrix: Tensor, variables: int) -> Tensor:
+    """d (B, N) with the variables scaled by H alone, the multipliers by the rows of A that this leaves.
+
+    A small H beside a large A is perfectly regular, but rows of size 1 do not show it.
+    """
+    magnitude, scale = matrix.abs(), torch.ones(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
+    rows = magnitude[:, :variables, :variables].amax(2)
+    largest = rows.amax(1, keepdim=True)
+    rows = torch.where(rows > 0, rows, torch.where(largest > 0, largest, 1.0))
+    scale[:, :variables] = rows.rsqrt()
+    below = (magnitude[:, variables:, :variables] * scale[:, None, :variables]).amax(2)
+    scale[:, variables:] = 1 / torch.where(below > 0, below, 1.0)
+    return _powers_of_two(scale)
+
+
+def _powers_of_two(scale: Tensor) -> Tensor:
+    """Rounded to powers of two, so that scaling commits no rounding error."""
     return torch.exp2(torch.round(torch.log2(scale)))
+
+
+def _scaled(matrix: Tensor, scale: Tensor) -> Tensor:
+    return scale[:, :, None] * matrix * scale[:, None, :]
 
 
 def _pseudo_solve(scaled: Tensor, scale: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor, Tensor]:
@@ -121,8 +138,8 @@ def _pseudo_solve(scaled: Tensor, scale: Tensor, rhs: Tensor, variables: int) ->
 
 
 def _orthonormal(columns: Tensor, member: Tensor) -> Tensor:
-    """An orthonormal basis of the span of the member columns; zero columns stay zero (Householder QR puts
-    members first).
+    """An orthonormal basis of the span of the member columns; zero columns stay zero (Householder QR puts members
+    first).
     """
     if columns.shape[2] == 0:
         return columns

@@ -1,10 +1,9 @@
-"""The traced problem for a whole batch, and every contraction of its derivatives that automatic
-differentiation gives.
+"""The traced problem for a whole batch, and every contraction of its derivatives that automatic differentiation gives.
 
-In: the one-sample functions of `graph.trace.Trace` and, for each tensor of theta, whether it carries the
-batch axis. Out: plain functions of (u, lam, theta), written only with torch.func, so that they may be
-differentiated to any order, in reverse and forward mode, and vmapped. Next: `derivatives/autodiff.py` (the
-dense plan), `autograd.py` (second derivatives).
+In: the one-sample functions of `graph.trace.Trace` and, for each tensor of theta, whether it carries the batch axis.
+Out: plain functions of (u, lam, theta), written only with torch.func, so that they may be differentiated to any
+order, in reverse and forward mode, and vmapped. Next: `derivatives/autodiff.py` (the dense plan), `autograd.py`
+(second derivatives).
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ Given = Sequence[Tensor]
 class Lagrangian:
     """L(u, lam, theta) = f - lam'h of a batch of B samples, and contractions of its derivatives.
 
-    Everywhere u are the leaves of the variables (B, *shape), lam those of the multipliers, theta the inputs
-    and the tensors of the problem in the order of `trace.placeholders`. The pair z = (w, s) has the shapes of
-    (u, lam).
+    Everywhere u are the leaves of the variables (B, *shape), lam those of the multipliers, theta the inputs and the
+    tensors of the problem in the order of `trace.placeholders`. The pair z = (w, s) has the shapes of (u, lam).
 
-    With F = (D_u L, -h), K = dF/d(u, lam) = [[H, -A'], [-A, 0]] is symmetric, so one scalar, `pairing` = <F,
-    z>, generates everything: its gradient in (u, lam) is K z, that in theta is the input gradient.
+    With F = (D_u L, -h), K = dF/d(u, lam) = [[H, -A'], [-A, 0]] is symmetric, so one scalar,
+    `pairing` = <F, z>, generates everything: its gradient in (u, lam) is K z, that in theta is the input gradient.
 
     Attributes:
         trace: the traced functions of one sample.
@@ -79,8 +77,8 @@ class Lagrangian:
     def inside(self, u: Given, lam: Given, theta: Given) -> tuple[Leaves, Leaves]:
         """u moved off the edge of the domain, and the masks of the entries moved.
 
-        An entry of u that underflowed to 0 where D_u L is not finite there (u log u) is set to the smallest
-        positive number, by an addition, so that derivatives in u pass.
+        An entry of u that underflowed to 0 where D_u L is not finite there (u log u) is set to the smallest positive
+        number, by an addition, so that derivatives in u pass.
         """
         gradient = self.gradient(u, lam, theta)
         lost = tuple((leaf == 0) & ~torch.isfinite(g) for leaf, g in zip(u, gradient, strict=True))
@@ -127,9 +125,7 @@ class Lagrangian:
     def kkt_form(
         self, u: Given, lam: Given, theta: Given, q: tuple[Leaves, Leaves], z: tuple[Leaves, Leaves]
     ) -> Tensor:
-        """q'K z, summed over the batch and over the leading axis R of right-hand sides of q and z, (R, B,
-        *shape).
-        """
+        """q'K z, summed over the batch and over the leading axis R of right-hand sides of q and z, (R, B, *shape)."""
 
         def one(q_u: Leaves, q_h: Leaves, z_u: Leaves, z_h: Leaves) -> Tensor:
             product_u, product_h = self.kkt_product(u, lam, theta, z_u, z_h)
@@ -142,8 +138,8 @@ class Lagrangian:
     ) -> tuple[Leaves, Leaves]:
         """F_theta theta', with the shapes of (u, lam); None is a zero tangent.
 
-        By transposing the pullback twice, never by torch.func.jvp: this runs inside an autograd.Function's
-        `jvp`, where a nested forward mode raises.
+        By transposing the pullback twice, never by torch.func.jvp: this runs inside an autograd.Function's `jvp`, where
+        a nested forward mode raises.
         """
         active = [index for index, tangent in enumerate(tangents) if tangent is not None]
         split = len(u)
@@ -161,9 +157,7 @@ class Lagrangian:
     def kkt_tangent(
         self, u: Given, lam: Given, theta: Given, z: tuple[Leaves, Leaves], tangents: Sequence[Tensor | None]
     ) -> tuple[Leaves, Leaves]:
-        """K' z, (R, B, *shape): K's derivative along the tangents of (u, lam, theta) in this order, applied
-        to z.
-        """
+        """K' z, (R, B, *shape): K's derivative along the tangents of (u, lam, theta) in this order, applied to z."""
         split, end = len(u), len(u) + len(lam)
         point = (*u, *lam, *theta)
         active = [index for index, tangent in enumerate(tangents) if tangent is not None]
@@ -193,9 +187,7 @@ def pullback(function: Callable[..., Any], at: Given) -> tuple[Any, Callable[...
 
 
 def _gradient(function: Callable[..., Tensor], at: Given) -> Leaves:
-    """The gradient of a scalar function of all leaves `at` (a function that does not depend on one gives
-    zeros).
-    """
+    """The gradient of a scalar function of all leaves `at` (a function that does not depend on one gives zeros)."""
     return torch.func.grad(function, argnums=tuple(range(len(at))))(*at) if at else ()
 
 

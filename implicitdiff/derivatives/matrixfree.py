@@ -27,9 +27,8 @@ class MatrixFreePlan(AutodiffPlan):
     ) -> tuple[Leaves, Leaves, Tensor]:
         """(w, s) = K^-1 rhs by MINRES, which needs K symmetric but not definite.
 
-        Started at 0 its iterates stay in the range of K, so dependent constraints give the solution of
-        minimum norm. A right-hand side that is not in the range (a solution that is not unique) does not
-        converge: NOT_CONVERGED.
+        Started at 0 its iterates stay in the range of K, so dependent constraints give the solution of minimum norm. A
+        right-hand side that is not in the range (a solution that is not unique) does not converge: NOT_CONVERGED.
         """
         shapes = (*self.variable_shapes, *self.constraint_shapes)
         rhs = flat.join((*rhs_u, *rhs_h), 2)
@@ -57,9 +56,7 @@ class MatrixFreePlan(AutodiffPlan):
         return leaves[:count], leaves[count:], status
 
     def multipliers(self, u: Leaves, theta: Leaves) -> Leaves:
-        """lam by conjugate gradients on A A'lam = A D_u f, which is consistent; of minimum norm, started at
-        0.
-        """
+        """lam by conjugate gradients on A A'lam = A D_u f, which is consistent; of minimum norm, started at 0."""
         if not self.constraint_shapes:
             return ()
         slope = self.lagrangian.objective_gradient(u, theta)
@@ -90,15 +87,17 @@ class MatrixFreePlan(AutodiffPlan):
 
 
 def minres(product: Product, rhs: Tensor, restarts: int = 4) -> tuple[Tensor, Tensor]:
-    """Solve K x = rhs row by row, K symmetric, by MINRES (Paige and Saunders 1975), restarted on the true
-    residual.
+    """Solve K x = rhs row by row, K symmetric, by MINRES (Paige and Saunders 1975), restarted on the true residual.
 
-    Args: product: K applied to each row of a (R, B, N) tensor. rhs: (R, B, N). restarts: how often the true
-        residual may be taken up again; each restart gains the digits that the recurrences of
-            the one before lost.
+    Args:
+        product: K applied to each row of a (R, B, N) tensor.
+        rhs: (R, B, N).
+        restarts: how often the true residual may be taken up again; each restart gains the digits that the
+            recurrences of the one before lost.
 
-    Returns: x (R, B, N), and (R, B) bool where |K x - rhs| <= eps^0.75 |rhs|. A row of zeros converges at
-        once, to exact zeros.
+    Returns:
+        x (R, B, N), and (R, B) bool where |K x - rhs| <= eps^0.75 |rhs|. A row of zeros converges at once, to exact
+        zeros.
     """
     size = torch.linalg.vector_norm(rhs, dim=-1)
     target = size * torch.finfo(rhs.dtype).eps ** 0.75
@@ -113,12 +112,10 @@ def minres(product: Product, rhs: Tensor, restarts: int = 4) -> tuple[Tensor, Te
 
 
 def _minres_run(product: Product, rhs: Tensor, target: Tensor) -> Tensor:
-    """One run from x = 0 until each row's recurrence promises |residual| <= target, or the limit 5 N + 50 is
-    reached.
+    """One run from x = 0 until each row's recurrence promises |residual| <= target, or the limit 5 N + 50 is reached.
 
-    Lanczos builds a tridiagonal T with K V = V T; a QR factorisation of T by plane rotations is updated
-    column by column (delta, epsilon the entries above the diagonal, gamma the diagonal), and x moves along d
-    = V R^-1.
+    Lanczos builds a tridiagonal T with K V = V T; a QR factorisation of T by plane rotations is updated column by
+    column (delta, epsilon the entries above the diagonal, gamma the diagonal), and x moves along d = V R^-1.
     """
     beta = torch.linalg.vector_norm(rhs, dim=-1, keepdim=True)
     x = torch.zeros_like(rhs)

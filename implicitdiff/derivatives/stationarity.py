@@ -1,7 +1,6 @@
 """The first-order conditions at a point, with the magnitudes they are measured against.
 
-In: a point of a plan. Out: one frozen record that the optimality check and the optimizers read. Next:
-`plan.py`.
+In: a point of a plan. Out: one frozen record that the optimality check and the optimizers read. Next: `plan.py`.
 """
 
 from __future__ import annotations

@@ -282,6 +282,8 @@ class Builder:
                 continue
             if any(k not in a.labels or k not in b.labels for k in bound):
                 continue
+            if set(a.labels) | set(b.labels) not in (set(a.labels), set(b.labels)):
+                continue  # a_i - b_j would be larger than both: a product of matrices is leaner there
             for s in squares:
                 del terms[s]
             del terms[ref]
@@ -321,6 +323,10 @@ class Builder:
         coefficient, factors = self.split(body)
         inside = [f for f in factors if set(f[0].labels) & set(present) or (over_batch and f[0].node.prefix)]
         outside = [f for f in factors if f not in inside]
+        spread = self._outer_sum(inside)
+        if spread is not None and not over_batch:
+            terms = [(c, self.con(self.mul([*rest, (term, 1.0)]), present)) for c, term, rest in spread]
+            return self.mul([*outside, (self.add(terms), 1.0)], coefficient * multiplicity)
         inner = self.mul(inside)
         if inner.node.op == "add" and not over_batch:
             return self.mul([*outside, (self.con(inner, present), 1.0)], coefficient * multiplicity)
@@ -332,6 +338,25 @@ class Builder:
         out = [k for k in inner.labels if k not in bound]
         summed_ref = self.make("con", over_batch, [inner], out, bound, prefix=prefix)
         return self.mul([*outside, (summed_ref, 1.0)], coefficient * multiplicity)
+
+    def _outer_sum(self, factors: Sequence[Factor]) -> list[tuple[float, Ref, list[Factor]]] | None:
+        """A factor a_i + b_j that is larger than its terms and than all other factors, multiplied out.
+
+        Its product with the others would be larger than any input; apart, each term is a product of matrices.
+        """
+        for k, (ref, power) in enumerate(factors):
+            rest = [f for j, f in enumerate(factors) if j != k]
+            if ref.node.op != "add" or power != 1.0 or not rest:
+                continue
+            constant, coefficients = ref.node.data
+            args, _ = self.open(ref)
+            if self._entries(ref) > max(self._entries(r) for r in [*args, *(f for f, _ in rest)]):
+                terms = [(c, a, rest) for c, a in zip(coefficients, args, strict=True)]
+                return [*terms, (constant, self.number(1.0), rest)] if constant else terms
+        return None
+
+    def _entries(self, ref: Ref) -> int:
+        return math.prod(self.labels.sizes[k] for k in ref.labels)
 
     def amax(self, body: Ref, labels: Sequence[Label]) -> Ref:
         """Largest entry over `labels`, as a constant: only used where its derivative cancels identically."""
@@ -367,6 +392,6 @@ class Builder:
             ref if ref.node.op == "call" else self.make("hold", None, [ref], ref.labels, leaves=frozenset())
         )
 
-    def eye(self, a: Label, b: Label) -> Ref:
-        """The identity matrix over two labels of equal size."""
-        return self.make("eye", None, (), (a, b), prefix=UNBATCHED)
+    def eye(self, a: Label, b: Label, name: str | None = None) -> Ref:
+        """The identity matrix over two labels of equal size; one that the user made has a name."""
+        return self.make("eye", name, (), (a, b), prefix=UNBATCHED)

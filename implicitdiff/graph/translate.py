@@ -83,11 +83,16 @@ def translate(trace: Trace, *, attempts: int = 20) -> Program:
     """
     names = identifiers([p.name for p in trace.placeholders])
     axes = [[s for s in p.shape if s != 1] for p in trace.placeholders]
+    identities: dict[str, list[int]] = {}
     for _ in range(attempts):
         try:
-            return _Translator(trace, names, axes).program()
+            return _Translator(trace, names, axes, identities).program()
         except Refine as request:
             for (name, axis), sizes in sorted(request.requests.items(), reverse=True):
+                identity, _, part = name.partition(":")
+                if identity in identities:
+                    identities[identity][int(part) : int(part) + 1] = sizes
+                    continue
                 if name not in names:
                     raise Unsupported("an axis of a constant would have to be split") from request
                 axes[names.index(name)][axis : axis + 1] = sizes
@@ -117,8 +122,12 @@ RESERVED = re.compile(
 class _Translator:
     """State of one attempt; rules get it as their first argument."""
 
-    def __init__(self, trace: Trace, names: list[str], axes: list[list[int]]) -> None:
+    def __init__(
+        self, trace: Trace, names: list[str], axes: list[list[int]], identities: dict[str, list[int]]
+    ) -> None:
         self.trace = trace
+        self.identities = identities
+        self.seen_identities = 0
         self.build = Builder()
         self.constants: dict[str, Tensor] = {}
         self.leaves: list[Leaf] = []
@@ -208,6 +217,12 @@ class _Translator:
         sizes = [s for s in tensor.shape if s != 1]
         ref = self.build.leaf(name, sizes, UNBATCHED, differentiable=False)
         return Value(ref, self._grouped(ref, tuple(tensor.shape)))
+
+    def identity(self, rows: int) -> tuple[str, list[int]]:
+        """Name of the next identity matrix of the functions, and the sizes into which its axis is split."""
+        name = f"identity{self.seen_identities}"
+        self.seen_identities += 1
+        return name, self.identities.setdefault(name, [rows])
 
     def number(self, value: float, sizes: tuple[int, ...] = ()) -> Value:
         """A number, broadcast to `sizes`."""

@@ -41,6 +41,8 @@ def feeders(build: Builder, ref: Ref, label: Label) -> set[tuple[str, int]]:
         return set()
     if ref.node.op == "leaf":
         return {(ref.node.data[0], ref.labels.index(label))}
+    if ref.node.op == "eye":
+        return {(ref.node.data, 0)}
     if ref.node.op not in ("prod", "add", "fn", "con", "amax"):
         raise Unsupported(f"an axis of a {ref.node.op} cannot be split")
     found: set[tuple[str, int]] = set()

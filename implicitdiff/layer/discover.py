@@ -29,11 +29,11 @@ _FOUND: weakref.WeakKeyDictionary[Problem, OrderedDict[Hashable, Example]] = wea
 def solved_example(problem: Problem, bound: Bound) -> Example:
     """Structure, shapes and dtype of u, from what `solve` returns; asked once per signature.
 
-    Inside vmap or grad the first entry of each transformed axis stands for all. A batch of 0 samples is shown
-    to `solve` as it is.
+    Inside vmap or grad the first entry of each transformed axis stands for all. A batch of 0 samples is shown to
+    `solve` as it is.
 
-    Raises: SolutionError: `solve` returned something else than tensors of the inputs' dtype, or the inputs
-        have no data.
+    Raises:
+        SolutionError: `solve` returned something else than tensors of the inputs' dtype, or the inputs have no data.
     """
     with _LOCK:
         known = _FOUND.setdefault(problem, OrderedDict())

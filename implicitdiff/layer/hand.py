@@ -1,7 +1,7 @@
 """The problem's hand-written `vjp`, called on plain batched tensors, its answer checked.
 
-In: a problem, the structure of its inputs. Out: a function of (call, u, v, theta) for `autograd/hand.py`.
-Next: `layer/prepare.py`.
+In: a problem, the structure of its inputs. Out: a function of (call, u, v, theta) for `autograd/hand.py`. Next:
+`layer/prepare.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HandVjp = Callable[[Call, Leaves, Leaves, Leaves], tuple[Tensor | None, ...]]
 def hand_vjp(problem: Problem, bound: Bound, trace: Trace) -> HandVjp:
     """The hook as a function of leaves.
 
-    The result takes (call, u, v, theta) with leaves of the call's flags, and returns one gradient per theta,
-    shared inputs summed over the batch, None for the tensors of the problem and for what is not floating.
+    The result takes (call, u, v, theta) with leaves of the call's flags, and returns one gradient per theta, shared
+    inputs summed over the batch, None for the tensors of the problem and for what is not floating.
     """
     name = f"vjp of {type(problem).__name__}"
 

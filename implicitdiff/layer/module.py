@@ -1,8 +1,9 @@
 """The layer: a declared problem as a differentiable module, and the same as a function.
 
-In: a problem, options, and batched inputs. Out: the solution of every sample, differentiable in the inputs
-and in the problem's parameters. One call goes: inputs.bind -> plan.plan_for -> optimizers.solve_forward
-inside autograd's function. Next: `layer/prepare.py`, which prepares one call.
+In: a problem, options, and batched inputs. Out: the solution of every sample, differentiable in the inputs and in the
+problem's parameters. One call goes: inputs.bind -> plan.plan_for -> optimizers.solve_forward inside autograd's
+function.
+Next: `layer/prepare.py`, which prepares one call.
 """
 
 from __future__ import annotations
@@ -48,24 +49,24 @@ class DeclarativeLayer(torch.nn.Module):
     ) -> None:
         """Check the options and keep them.
 
-        Args: problem: the declaration. in_dims: where the batch axis of each input is, as in torch.vmap: an
-            int, None (shared by all samples), or a
+        Args:
+            problem: the declaration.
+            in_dims: where the batch axis of each input is, as in torch.vmap: an int, None (shared by all samples), or a
                 pytree prefix of the tuple of inputs. None alone: one sample, nothing has a batch axis.
-            optimizer: one of `implicitdiff.optimizers`; None: the problem's own `solve`, else Newton's
-            method. linear_solver: the solver of the backward pass by name; "auto" chooses by structure and
-            cost. backward: "auto" (structured), "dense" (the formula literally), "matrix-free" (products
-            only), "unrolled"
-                (differentiate the solver itself), "hand" (the problem's `vjp`), "approximate" (constraints
-            ignored). on_failure: what becomes of a sample without a solution or without a derivative:
-            "raise"; "warn" (keep it);
-                "nan" or "zero" (so in u and in its gradients; a shared tensor's gradient is NaN, or the sum
-                over the other samples); "damp" (regularise, with a warning).
+            optimizer: one of `implicitdiff.optimizers`; None: the problem's own `solve`, else Newton's method.
+            linear_solver: the solver of the backward pass by name; "auto" chooses by structure and cost.
+            backward: "auto" (structured), "dense" (the formula literally), "matrix-free" (products only), "unrolled"
+                (differentiate the solver itself), "hand" (the problem's `vjp`), "approximate" (constraints ignored).
+            on_failure: what becomes of a sample without a solution or without a derivative: "raise"; "warn" (keep it);
+                "nan" or "zero" (so in u and in its gradients; a shared tensor's gradient is NaN, or the sum over the
+                other samples); "damp" (regularise, with a warning).
             optimality_tol: relative tolerance of the check that u is optimal; None: sqrt(eps) of the dtype.
             compile: not supported yet.
 
-        Raises: ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that
-            "hand" needs. OptionError: an option has a value that does not exist; the message lists those that
-            do. NotSupportedYetError: an option of the contract that is not built yet.
+        Raises:
+            ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
+            OptionError: an option has a value that does not exist; the message lists those that do.
+            NotSupportedYetError: an option of the contract that is not built yet.
         """
         super().__init__()
         if compile:
@@ -87,9 +88,10 @@ class DeclarativeLayer(torch.nn.Module):
     def forward(self, *inputs: Any, init: Any = None) -> Any:
         """The solution u of every sample, in the structure of the problem's `init`.
 
-        Args: inputs: as the problem's functions take them after u, with the batch axes that `in_dims` says.
-            init: a start point for every sample, batch axis first (none if `in_dims` is None); None: the
-            problem's `init`.
+        Args:
+            inputs: as the problem's functions take them after u, with the batch axes that `in_dims` says.
+            init: a start point for every sample, batch axis first (none if `in_dims` is None); None: the problem's
+                `init`.
 
         Returns:
             u with the batch axis first, differentiable.

@@ -1,8 +1,8 @@
-"""One call of a layer, prepared: options checked, inputs bound, the plan found, everything that autograd's
-function needs.
+"""One call of a layer, prepared: options checked, inputs bound, the plan found, everything that autograd's function
+needs.
 
-In: a problem, its inputs and the options. Out: a `Prepared`, which runs the call and puts the leaves back
-into the user's structures. Next: `autograd/implicit.py`, which it applies.
+In: a problem, its inputs and the options. Out: a `Prepared`, which runs the call and puts the leaves back into the
+user's structures. Next: `autograd/implicit.py`, which it applies.
 """
 
 from __future__ import annotations
@@ -125,9 +125,7 @@ class Prepared:
         )
 
     def run_forward(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
-        """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the
-        batch).
-        """
+        """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the batch)."""
         if not self.bound.checked:
             count = len(self.bound.leaves)
             check_finite(self.bound.names, theta[:count], call.batched[:count])
@@ -190,8 +188,8 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
         options: checked options.
         init: the user's warm start, or None.
 
-    Returns: The prepared call. Costs what binding costs; the plan comes from the cache after the first call
-        of a signature.
+    Returns:
+        The prepared call. Costs what binding costs; the plan comes from the cache after the first call of a signature.
 
     Raises:
         InputError: something is wrong with an input.
@@ -223,9 +221,7 @@ def _plan(problem: Problem, bound: Bound, example: Example, options: Options, ba
 
 
 def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype | None]:
-    """Under autocast, floating inputs in float32 (float64 stays), and the dtype in which the caller expects
-    u.
-    """
+    """Under autocast, floating inputs in float32 (float64 stays), and the dtype in which the caller expects u."""
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors or not torch.is_autocast_enabled(tensors[0].device.type):

@@ -1,8 +1,8 @@
-"""backward="unrolled": the solver itself is differentiated, no implicit function; for comparison with the
-implicit gradient.
+"""backward="unrolled": the solver itself is differentiated, no implicit function; for comparison with the implicit
+gradient.
 
-In: a prepared call. Out: its outputs, with the history of the iterations behind them. Next: nothing; autograd
-does the rest.
+In: a prepared call. Out: its outputs, with the history of the iterations behind them. Next: nothing; autograd does
+the rest.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ HALVINGS = 12
 def run_unrolled(prepared: Prepared) -> Outputs:
     """Solve with the graph recorded.
 
-    The problem's `solve` is run with gradients enabled. Where it is not all torch (its result has no history
-    though an input needs a gradient, or torch refuses, as `.numpy()` does), a fixed number of Newton steps
-    from `init` takes its place, each built of differentiable parts.
+    The problem's `solve` is run with gradients enabled. Where it is not all torch (its result has no history though an
+    input needs a gradient, or torch refuses, as `.numpy()` does), a fixed number of Newton steps from `init` takes its
+    place, each built of differentiable parts.
 
-    Returns: The outputs. The multipliers are differentiable after Newton steps, constants after a `solve`.
-        Inside vmap or grad the result is not checked for optimality (status OK, residual NaN), since values
-        cannot be read there.
+    Returns:
+        The outputs. The multipliers are differentiable after Newton steps, constants after a `solve`. Inside vmap or
+        grad the result is not checked for optimality (status OK, residual NaN), since values cannot be read there.
 
     Raises:
         UnrollError: `solve` is not all torch and there is no `init` to start from.

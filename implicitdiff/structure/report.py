@@ -1,7 +1,7 @@
 """What was found about a problem: plain records without behaviour, made once per plan and never changed.
 
-In: the findings of the structure analysis (or of a fallback). Out: the fields that `explain` shows and tests
-assert. Next file: `plan.py`, which chooses the plan these records describe.
+In: the findings of the structure analysis (or of a fallback). Out: the fields that `explain` shows and tests assert.
+Next file: `plan.py`, which chooses the plan these records describe.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 class MatrixReport:
     """One matrix of the KKT system, for one sample.
 
-    Attributes: kind: the structure proved, by the contract's name ("diagonal", "low-rank-plus-diagonal", ...,
-        "dense"). shape: (rows, columns). reason: why, in one line.
+    Attributes:
+        kind: the structure proved, by the contract's name ("diagonal", "low-rank-plus-diagonal", ..., "dense").
+        shape: (rows, columns).
+        reason: why, in one line.
     """
 
     kind: str
@@ -26,9 +28,10 @@ class MatrixReport:
 class Fallback:
     """One step down the ladder from a structured to a slower, equally exact path.
 
-    Attributes: operation: the aten operation that the algebra does not cover ("" where no single operation is
-        to blame). line: where the user's file calls it, "file.py:12: source text" ("" if unknown). reason:
-        what is missing, in one line.
+    Attributes:
+        operation: the aten operation that the algebra does not cover ("" where no single operation is to blame).
+        line: where the user's file calls it, "file.py:12: source text" ("" if unknown).
+        reason: what is missing, in one line.
     """
 
     operation: str

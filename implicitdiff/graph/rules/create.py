@@ -46,5 +46,7 @@ def _filled(tr: Any, a: Value, sizes: Any, value: float) -> Value:
 def eye(tr: Any, rows: int, columns: int | None = None, **_: Any) -> Value:
     if rows == 1 or (columns is not None and columns != rows):
         return tr.constant(torch.eye(rows, rows if columns is None else columns))
-    a, b = tr.build.labels.new(rows), tr.build.labels.new(rows)
-    return Value(tr.build.eye(a, b), ((a,), (b,)))
+    name, parts = tr.identity(rows)
+    first, second = [[tr.build.labels.new(part) for part in parts] for _ in range(2)]
+    deltas = [tr.build.eye(a, b, f"{name}:{k}") for k, (a, b) in enumerate(zip(first, second, strict=True))]
+    return Value(tr.build.times(*deltas), (tuple(first), tuple(second)))
