@@ -62,7 +62,7 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
     with torch.no_grad(), undisturbed(prepared.theta[0]):
         theta = tuple(tensor.detach() for tensor in prepared.theta)
         call = prepared.call()
-        solved = prepared.run_forward(call, theta, None)
+        solved = call.solve(call, theta, None)
         matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, len(prepared.bound.leaves))
     return _arranged(prepared, matrices)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import implicitdiff as idf
 from implicitdiff.layer import DeclarativeLayer
@@ -143,22 +143,20 @@ def test_failure_under_vmap_of_grad_has_a_name() -> None:
 
 
 class Entropic(idf.Problem):
-    """minimise x'u + sum u (log u - 1) / gamma  s.t.  sum(u) = 1: the softmax of -gamma x, where entries underflow."""
+    """minimise x'u + sum u (log u - 1) / g  s.t.  sum(u) = 1: the softmax of -g x, where entries underflow."""
 
-    gamma = 1e4
+    def objective(self, u, x, g):
+        return x @ u + (u * (u.log() - 1)).sum() / g
 
-    def objective(self, u, x):
-        return x @ u + (u * (u.log() - 1)).sum() / self.gamma
-
-    def equality(self, u, x):
+    def equality(self, u, x, g):
         return u.sum() - 1
 
-    def init(self, x):
+    def init(self, x, g):
         return torch.full_like(x, 1 / len(x))
 
-    def solve(self, x):
-        lam = -torch.logsumexp(-self.gamma * x, 1) / self.gamma
-        return idf.Solution(torch.softmax(-self.gamma * x, 1), equality_multipliers=lam)
+    def solve(self, x, g):
+        scaled = -g[:, None] * x
+        return idf.Solution(torch.softmax(scaled, 1), equality_multipliers=-torch.logsumexp(scaled, 1) / g)
 
 
 @backwards
@@ -166,18 +164,29 @@ def test_entries_that_underflow_have_no_derivative_and_spoil_none(backward: str)
     x = torch.tensor(
         [[0.0, 1e-4, 0.5, 0.9], [0.3, 0.3, 0.30002, 0.9]], dtype=torch.float64, requires_grad=True
     )
+    g = torch.tensor([1e4, 2e4], dtype=torch.float64, requires_grad=True)
     layer = DeclarativeLayer(Entropic(), backward=backward)
     weight = draw(2, 4, seed=1).detach()
-    u = layer(x)
-    assert ((u == 0).sum(1) == torch.tensor([2, 1])).all()
-    plain = torch.softmax(-layer.problem.gamma * x, 1)
-    expected = torch.autograd.grad((plain * weight).sum(), x)[0]
+
+    def plain(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(-g[:, None] * x, 1)
+
+    zero = layer(x, g) == 0
+    assert (zero.sum(1) == torch.tensor([2, 1])).all()
+    expected = torch.autograd.grad((plain(x, g) * weight).sum(), (x, g))
     for create_graph in (False, True):
-        found = torch.autograd.grad((layer(x) * weight).sum(), x, create_graph=create_graph)[0]
-        torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-7)
-        assert (found.detach()[u.detach() == 0] == 0).all()
-    slope = jvp(layer, (x.detach(),), (weight,))[1]
-    torch.testing.assert_close(slope, jvp(lambda x: torch.softmax(-1e4 * x, 1), (x.detach(),), (weight,))[1])
+        found = torch.autograd.grad((layer(x, g) * weight).sum(), (x, g), create_graph=create_graph)
+        torch.testing.assert_close(found[0].detach(), expected[0], rtol=1e-9, atol=1e-7)
+        torch.testing.assert_close(found[1].detach(), expected[1], rtol=1e-9, atol=1e-12)
+        assert (found[0].detach()[zero].abs() < 1e-290).all()
+    point, direction = (x.detach(), g.detach()), (weight, torch.tensor([3.0, -2.0], dtype=torch.float64))
+    torch.testing.assert_close(jvp(layer, point, direction)[1], jvp(plain, point, direction)[1])
+
+    def curvature(function, outer):
+        return outer(grad(lambda x, g: (function(x, g) * weight).sum()))(*point)
+
+    for outer in (jacrev, jacfwd):
+        torch.testing.assert_close(curvature(layer, outer), curvature(plain, outer), rtol=1e-8, atol=1e-3)
 
 
 def test_gradients_of_dependent_constraints_are_of_minimum_norm() -> None:

@@ -89,6 +89,24 @@ def test_checkpointing(reentrant: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_the_graph_holds_its_inputs_through_saved_tensors_alone() -> None:
+    """With hooks that replace what is saved by something else, nothing else keeps the input alive."""
+    layer = DeclarativeLayer(GeometricMedian())
+
+    def run() -> tuple[Tensor, weakref.ref[Tensor]]:
+        x = draw(2, 2, 4, seed=1) * 1.0
+        return layer(x), weakref.ref(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.detach().numpy().copy(), torch.from_numpy
+    ):
+        u, inner = run()
+    gc.collect()
+    assert inner() is None
+    u.square().sum().backward()
+    assert layer.problem.eps.grad is not None
+
+
 def test_inference_mode() -> None:
     x = draw(2, 3, seed=1).detach()
     with torch.inference_mode():

@@ -143,6 +143,11 @@ def zeros_for(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Leaves
     return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(values, like, strict=True))
 
 
+def without(leaves: Sequence[Tensor], lost: Sequence[Tensor]) -> Leaves:
+    """Leaves like u, (..., B, *shape), with 0 in the entries that do not move (see `Lagrangian.inside`)."""
+    return tuple(torch.where(mask, 0.0, leaf) for leaf, mask in zip(leaves, lost, strict=True))
+
+
 @contextlib.contextmanager
 def undisturbed(like: Tensor) -> Iterator[None]:
     """Run the body in the dtypes of its tensors, and without hooks on what it saves.

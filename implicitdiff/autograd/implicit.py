@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.batched_grads import through_func
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, undisturbed, unfold, zeros_for
+from implicitdiff.autograd.call import (
+    Call,
+    Leaves,
+    floating,
+    fold,
+    own,
+    undisturbed,
+    unfold,
+    without,
+    zeros_for,
+)
 from implicitdiff.autograd.hand import HandVjp
 from implicitdiff.autograd.kkt import KKTSolve, unusable
 from implicitdiff.autograd.kkt import solve as kkt_solve
@@ -115,9 +125,9 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with undisturbed(u[0]):
             masks = Masks.of(call, status)
             u, lam, theta = masks.sound(u, lam, theta)
-            u, _ = call.lagrangian.inside(u, lam, theta)
-            towards_u, towards_h = call.lagrangian.input_tangent(u, lam, theta, moved)
-            rhs = [-leaf[None] for leaf in (*masks.silence(towards_u), *masks.silence(towards_h))]
+            inside, lost = call.lagrangian.inside(u, lam, theta)
+            towards_u, towards_h = call.lagrangian.input_tangent(inside, lam, theta, moved)
+            rhs = [-leaf[None] for leaf in masks.silence((*without(towards_u, lost), *towards_h))]
             z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
         return (*masks.mark([leaf[0] for leaf in z]), *(None,) * EXTRAS)
 
@@ -134,8 +144,7 @@ def pull_back(
     """The gradients in theta for cotangents of (u, lam), None where not needed.
 
     Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that works in
-    place.
-    Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one pullback.
+    place. Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one pullback.
     """
     v = zeros_for(cotangents, (*u, *lam))
     if call.vjp is not None:
@@ -158,15 +167,15 @@ def pull_back(
     if lean and masks.all_failed():
         return masks.nothing(theta, v, needs)
     u, lam, theta = masks.sound(u, lam, theta)
-    u, _ = call.lagrangian.inside(u, lam, theta)
-    rhs = [-leaf[None] for leaf in masks.silence(v)]
+    inside, lost = call.lagrangian.inside(u, lam, theta)
+    rhs = [-leaf[None] for leaf in masks.silence((*without(v[: len(u)], lost), *v[len(u) :]))]
     if lean:
         w, s = kkt_solve(call, u, lam, theta, tuple(rhs[: len(u)]), tuple(rhs[len(u) :]))
         z = (*w, *s)
     else:
         z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
     z = tuple(leaf[0] for leaf in z)
-    grads = call.lagrangian.pull_inputs(u, lam, theta, z[: len(u)], z[len(u) :], needs)
+    grads = call.lagrangian.pull_inputs(inside, lam, theta, z[: len(u)], z[len(u) :], needs)
     return masks.spoil(grads, v)
 
 

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.batched_grads import through_func
-from implicitdiff.autograd.call import Call, Leaves, floating, fold, own, undisturbed, unfold, zeros_for
+from implicitdiff.autograd.call import (
+    Call,
+    Leaves,
+    floating,
+    fold,
+    own,
+    undisturbed,
+    unfold,
+    without,
+    zeros_for,
+)
 from implicitdiff.errors import ConvergenceError, OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
@@ -91,24 +101,29 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
     if all(cotangent is None for cotangent in cotangents):
         return (None,) * (1 + count + len(point))
     with undisturbed(z[0]):
-        q = KKTSolve.apply(call, *zeros_for(cotangents, z), *point)
+        u, lam, theta = call.split_point(point)
+        inside, lost = call.lagrangian.inside(u, lam, theta)
+        c_u, c_h = _pair(call, zeros_for(cotangents, z))
+        q = KKTSolve.apply(call, *without(c_u, lost), *c_h, *point)
         needs = ctx.needs_input_grad[1 + count :]
         active = [index for index, need in enumerate(needs) if need and floating(point[index])]
         found: dict[int, Tensor] = {}
         if active:
+            start = (*inside, *lam, *theta)
 
             def form(*values: Tensor) -> Tensor:
-                moved = list(point)
+                moved = list(start)
                 for index, value in zip(active, values, strict=True):
                     moved[index] = value
                 return call.lagrangian.kkt_form(*call.split_point(moved), _pair(call, q), _pair(call, z))
 
-            grads = torch.func.grad(form, argnums=tuple(range(len(active))))(*[point[i] for i in active])
+            grads = torch.func.grad(form, argnums=tuple(range(len(active))))(*[start[i] for i in active])
             found = {index: -grad for index, grad in zip(active, grads, strict=True)}
+            found |= {i: without([found[i]], [lost[i]])[0] for i in active if i < len(lost)}
     return (None, *q, *(found.get(index) for index in range(len(point))))
 
 
-def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     call: Call = ctx.call
     count = call.variables + call.multipliers
     with nested_forward_mode():
@@ -117,10 +132,14 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         with undisturbed(z[0]):
             rhs = zeros_for(tangents[:count], z)
             moved = [t if floating(p) else None for t, p in zip(tangents[count:], point, strict=True)]
+            u, lam, theta = call.split_point(point)
+            inside, lost = call.lagrangian.inside(u, lam, theta)
             if any(tangent is not None for tangent in moved):
-                turned = call.lagrangian.kkt_tangent(*call.split_point(point), _pair(call, z), moved)
+                turned = call.lagrangian.kkt_tangent(inside, lam, theta, _pair(call, z), moved)
                 rhs = tuple(r - t for r, t in zip(rhs, (*turned[0], *turned[1]), strict=True))
-            return KKTSolve.apply(call, *rhs, *point)
+            rhs_u, rhs_h = _pair(call, rhs)
+            result: tuple[Tensor, ...] = KKTSolve.apply(call, *without(rhs_u, lost), *rhs_h, *point)
+            return result
 
 
 def solve(
@@ -138,7 +157,8 @@ def solve(
     idle = _idle((*rhs_u, *rhs_h))
     saddles = torch.nonzero((status == Status.INDEFINITE) & ~idle)[:, 0].tolist()
     if saddles:
-        message = f"{call.name}: {name_samples(saddles, call.batch)}: not a strict minimum; the derivative is that of a saddle"
+        named = name_samples(saddles, call.batch)
+        message = f"{call.name}: {named}: not a strict minimum; the derivative is that of a saddle"
         emit(Status.INDEFINITE.name, "backward", saddles, message, call.records)
     bad = unusable(status) & ~idle
     if bool(bad.any()):

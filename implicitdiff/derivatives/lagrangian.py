@@ -82,7 +82,10 @@ class Lagrangian:
         """
         gradient = self.gradient(u, lam, theta)
         lost = tuple((leaf == 0) & ~torch.isfinite(g) for leaf, g in zip(u, gradient, strict=True))
-        moved = [leaf + mask * torch.finfo(leaf.dtype).tiny for leaf, mask in zip(u, lost, strict=True)]
+        moved = [
+            leaf + mask.to(leaf.dtype) * torch.finfo(leaf.dtype).tiny
+            for leaf, mask in zip(u, lost, strict=True)
+        ]
         return tuple(moved), lost
 
     def objective_gradient(self, u: Given, theta: Given) -> Leaves:

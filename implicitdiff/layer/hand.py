@@ -34,7 +34,7 @@ def hand_vjp(problem: Problem, bound: Bound, trace: Trace) -> HandVjp:
     name = f"vjp of {type(problem).__name__}"
 
     def function(call: Call, u: Leaves, v: Leaves, theta: Leaves) -> tuple[Tensor | None, ...]:
-        count, last = len(bound.leaves), len(bound.leaves) + len(bound.tensors)
+        count, last = len(bound.names), len(bound.names) + len(bound.tensors)
         flags = call.batched[:count]
         if any(call.batched[count:]):
             raise ProblemDefinitionError(

@@ -8,7 +8,7 @@ user's structures. Next: `autograd/implicit.py`, which it applies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,43 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """The forward pass of one call, for autograd's function.
+
+    Attributes:
+        problem: the declaration, for its hooks.
+        bound: structure and names of the inputs; without the inputs themselves.
+        options: the layer's.
+        plan: the plan of the forward, for the flags that the call had when it was made.
+    """
+
+    problem: Problem
+    bound: Bound
+    options: Options
+    plan: Plan
+
+    def __call__(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
+        """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the batch)."""
+        if not self.bound.checked:
+            count = len(self.bound.names)
+            check_finite(self.bound.names, theta[:count], call.batched[:count])
+        options = self.options
+        name = "auto" if options.backward == "approximate" else options.backward
+        plan = with_batched(self.plan, call.batched, backward=name, linear_solver=options.linear_solver)
+        found = solve_forward(
+            self.problem,
+            plan,
+            self.bound,
+            theta,
+            init=start,
+            optimizer=options.optimizer,
+            tol=options.optimality_tol,
+            on_failure=options.on_failure,
+        )
+        return _filled(found, options.on_failure)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """One call, ready to run.
 
@@ -111,40 +148,21 @@ class Prepared:
     def call(self) -> Call:
         """What autograd's functions need to know."""
         hand = self.options.backward == "hand"
+        # Autograd keeps the call. It must not keep the inputs too: those go through save_for_backward alone, so that
+        # checkpointing and the like can drop them.
+        bound = replace(self.bound, leaves=())
         return Call(
             plan=self.plan,
             batched=self.batched,
             batch=self.bound.batch,
-            solve=self.run_forward,
+            solve=Forward(self.problem, bound, self.options, self.forward_plan),
             on_failure=self.options.on_failure,
             name=type(self.problem).__name__,
             backward=self.options.backward,
             linear_solver=self.options.linear_solver,
             records=open_records(),
-            vjp=hand_vjp(self.problem, self.bound, self.plan.trace) if hand else None,
+            vjp=hand_vjp(self.problem, bound, self.plan.trace) if hand else None,
         )
-
-    def run_forward(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
-        """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the batch)."""
-        if not self.bound.checked:
-            count = len(self.bound.leaves)
-            check_finite(self.bound.names, theta[:count], call.batched[:count])
-        options = self.options
-        name = "auto" if options.backward == "approximate" else options.backward
-        plan = with_batched(
-            self.forward_plan, call.batched, backward=name, linear_solver=options.linear_solver
-        )
-        found = solve_forward(
-            self.problem,
-            plan,
-            self.bound,
-            theta,
-            init=start,
-            optimizer=options.optimizer,
-            tol=options.optimality_tol,
-            on_failure=options.on_failure,
-        )
-        return _filled(found, options.on_failure)
 
     def apply(self) -> Outputs:
         """Run the call through autograd's function."""
