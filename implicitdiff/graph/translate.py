@@ -114,7 +114,8 @@ def identifiers(names: list[str]) -> list[str]:
 
 
 RESERVED = re.compile(
-    r"(?:lam|v|v_lam|rhs_u|rhs_h|t|constant_)\d*|w|s|kkt|factor|schur|shift|null_vectors|torch|operators|solvers|saddle"
+    r"(?:lam|v|v_lam|rhs_u|rhs_h|t|constant_)\d*|w|s|status|cancelled|kkt|factor|schur|shift|null_vectors"
+    r"|torch|operators|solvers|saddle"
 )
 """Names that the emitted code uses itself."""
 

@@ -86,6 +86,7 @@ class RangeSpace:
             add_x=torch.add,
             add_y=torch.add,
             negate=torch.neg,
+            hold=lambda x: x,
         )
         return range_space(steps, a, b)
 

@@ -20,6 +20,9 @@ from implicitdiff.structure.forms import Entry, Form, Space
 
 Refs = list[Ref]
 
+REFINEMENTS = 2
+"""Corrections where digits cancelled in S: each gains about as many as the factorisation has."""
+
 
 class SymbolicKKT:
     """Builds refs of KKT solves along one route."""
@@ -33,7 +36,9 @@ class SymbolicKKT:
         *,
         full: bool = False,
         identity: bool = False,
+        refined: bool = False,
     ) -> None:
+        self.refinements = REFINEMENTS if refined else 0
         self.declared, self.build, self.identity = declared, declared.build, identity
         self.route = RouteFinder(declared, dtype, identity=identity).choose(form, linear_solver, full=full)
 
@@ -110,8 +115,9 @@ class SymbolicKKT:
             add_x=add,
             add_y=add,
             negate=lambda x: [build.scale(-1.0, p) for p in x],
+            hold=lambda x: [build.hold(p) for p in x],
         )
-        w, s = range_space(steps, a, b)
+        w, s = range_space(steps, a, b, self.refinements)
         return w, s, status
 
     def _constrain(self, x: Refs) -> Refs:
@@ -152,11 +158,23 @@ class SymbolicKKT:
         space = form.space
         inverse = [(ref, -power) for ref, power in route.common]
         scaled = [build.mul([(r, 1.0), *inverse], 1.0 / route.common_coefficient) for r in rhs]
-        factor = lowering.factorised(build, self._schur_operator(form), route.schur_solver, "schur")
+        factor = self._schur_factor()
         flat = lowering.solve(build, factor, lowering.pack(build, space, scaled, space.rows, prefix))
         return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), lowering.status_of(
             build, factor
         )
+
+    def _schur_factor(self) -> Ref:
+        """The factorisation of S, one call however often it is asked for."""
+        form = self.route.schur
+        assert form is not None
+        return lowering.factorised(self.build, self._schur_operator(form), self.route.schur_solver, "schur")
+
+    def cancelled(self) -> Ref | None:
+        """Whether the elimination in S lost digits, as a flag of the emitted code; None where nothing is eliminated."""
+        if self.route.name != "range-space" or self.route.schur_solver != "Schur" or self.refinements:
+            return None
+        return call(self.build, "{0}.cancelled", [(self._schur_factor(), (), -1)], (), BATCHED)
 
     def _schur_operator(self, form: Form) -> Ref:
         build, space = self.build, form.space

@@ -54,10 +54,12 @@ class Factorization(abc.ABC):
             all the same is OK.
         definite: (B,) bool, True where the matrix was proved positive definite; None where the solver cannot
             tell.
+        cancelled: whether a subtraction in the factorisation lost digits, so that a refinement is worth its cost.
     """
 
     status: Tensor
     definite: Tensor | None = None
+    cancelled: bool = False
 
     @abc.abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from implicitdiff.solvers.divide import diagonal_entries, examine, unusable
 from implicitdiff.solvers.formation import formation_cost
 from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.lu import LUFactorization
+from implicitdiff.solvers.widened import CANCELLED, LOST, WidenedFactorization, widened
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class SchurFactorization(Factorization):
         self._lost: Tensor | None = None
         definite = positive
         self._complement: ColumnFactorization | None = None
+        self.lost_digits = False
         if split.remaining:
             definite = self._factor_complement() & positive
         self._whole: ColumnFactorization | None = None
@@ -107,7 +109,11 @@ class SchurFactorization(Factorization):
         """Factor S; return (B,) bool, where it is proved definite."""
         operator, split = self._operator, self._split
         complement, original = schur_complement(operator, split, self._inverse)
-        mean = complement.diagonal(dim1=-2, dim2=-1).mean(-1)
+        left_over = complement.diagonal(dim1=-2, dim2=-1)
+        # All of it is left where nothing was subtracted; a transport plan close to a vertex leaves nearly nothing.
+        self.cancelled = not bool((left_over.abs() >= CANCELLED * original).all())
+        self.lost_digits = self.cancelled and not bool((left_over.abs() >= LOST * original).all())
+        mean = left_over.mean(-1)
         # A KKT matrix leaves -A H^-1 A' here: negative definite, so its negative goes to Cholesky.
         small = suspicion_level(operator.dtype) * original.mean(-1)
         negative = mean < -small
@@ -292,11 +298,14 @@ class Schur(LinearSolver):
             own.peak + max((cost.peak for cost in dense), default=0),
         )
 
-    def _factor(self, operator: LinearOperator) -> SchurFactorization:
+    def _factor(self, operator: LinearOperator) -> Factorization:
         assert isinstance(operator, Block)
         split = split_blocks(operator)
         assert split is not None
-        return SchurFactorization(operator, split)
+        factored = SchurFactorization(operator, split)
+        if not factored.lost_digits or operator.dtype == torch.float64:
+            return factored
+        return WidenedFactorization(SchurFactorization(widened(operator), split))
 
 
 def _is_diagonal(corner: LinearOperator) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,9 @@ from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
 from implicitdiff.structured.writer import Recipe
+
+Way = Literal["route", "refined", "full"]
+"""How K is solved: by the route, by the route with refinements, or as one matrix."""
 
 
 class Recipes:
@@ -88,14 +92,24 @@ class Recipes:
             for c, ref in zip(declared.constraints, on_h, strict=True)
         ]
 
-    def kkt_solve(self, *, shifted: bool, full: bool) -> Recipe:
-        """K^-1 (rhs_u, rhs_h), with H + shift I where asked, K as one matrix where asked."""
-        kkt = self.kkt
-        if shifted or full:
-            form = self.shifted() if shifted else self.form
-            kkt = SymbolicKKT(self.declared, form, self.linear_solver, self.dtype, full=full)
+    def _solver(self, way: Way, *, shifted: bool = False) -> SymbolicKKT:
+        """The KKT solve along the plan's route, or the way that was asked for."""
+        if not shifted and way == "route":
+            return self.kkt
+        form = self.shifted() if shifted else self.form
+        full, refined = way == "full", way == "refined"
+        return SymbolicKKT(self.declared, form, self.linear_solver, self.dtype, full=full, refined=refined)
+
+    def _cancelled(self, kkt: SymbolicKKT) -> list[Output]:
+        """A flag that asks for the refined way; float64 has digits to spare."""
+        flag = None if self.dtype == torch.float64 else kkt.cancelled()
+        return [] if flag is None else [Output("cancelled", flag, (), prefix=-1)]
+
+    def kkt_solve(self, way: Way, *, shifted: bool) -> Recipe:
+        """K^-1 (rhs_u, rhs_h), with H + shift I where asked."""
+        kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        return Recipe([*self._pair(w, s), self._status(status)], [*s, *w])
+        return Recipe([*self._pair(w, s), *self._cancelled(kkt), self._status(status)], [*s, *w])
 
     def kkt_product(self) -> Recipe:
         """K (rhs_u, rhs_h) with H by its form: what the probe tests."""
@@ -126,12 +140,10 @@ class Recipes:
 
     # ---------------------------------------------------------------- the backward pass
 
-    def vjp(self, wanted: Sequence[bool], *, with_lam: bool, full: bool) -> Recipe:
+    def vjp(self, way: Way, wanted: Sequence[bool], *, with_lam: bool) -> Recipe:
         """D_theta (D_u L w - h's) with K (w, s) = -(v, v_lam), for the theta that are wanted."""
         declared, build, rows = self.declared, self.build, self.declared.space.rows
-        kkt = (
-            SymbolicKKT(declared, self.form, self.linear_solver, self.dtype, full=True) if full else self.kkt
-        )
+        kkt = self._solver(way)
         on_u, on_h = self._sides("v", "v_lam", BATCHED)
         b = [build.scale(-1.0, ref) if with_lam else build.number(0.0) for ref in on_h]
         w, s, status = kkt.solve([build.scale(-1.0, ref) for ref in on_u], b, BATCHED)
@@ -154,7 +166,9 @@ class Recipes:
                 ref = build.con(ref, (), over_batch=True)
             outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
         outputs.sort(key=lambda o: len(o.order))
-        return Recipe([*outputs, self._status(status)], [*held_s, *held_w, *status])
+        flags = self._cancelled(kkt)
+        first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
+        return Recipe([*outputs, *flags, self._status(status)], first)
 
     def _feasible_sums(self, w: Sequence[Ref]) -> list[Ref]:
         """Sums of w that are exactly a row of A w: they are 0 (in the gradients, which hold w fixed, not before)."""

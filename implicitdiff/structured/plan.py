@@ -27,7 +27,7 @@ from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.probe import agree, direction
 from implicitdiff.structure.report import Analysis
 from implicitdiff.structured.arguments import Leaves
-from implicitdiff.structured.outputs import Recipes
+from implicitdiff.structured.outputs import Recipes, Way
 from implicitdiff.structured.report import report
 from implicitdiff.structured.writer import Writer, Written
 
@@ -69,19 +69,14 @@ class StructuredPlan:
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null)
-        every = self._vjp(
-            tuple(leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta), False, False
-        )
+        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        every = self._vjp("route", tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
         )
-        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
-        wanted = (
-            tuple(a and b for a, b in zip(floating, [*shown, *floating[len(shown) :]], strict=True))
-            if shown
-            else None
-        )
-        code = every if wanted is None or not any(wanted) else self._vjp(wanted, False, False)
+        asked = [*shown, *floating[len(shown) :]]
+        wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
+        code = self._vjp("route", wanted, False) if shown and any(wanted) else every
         self.analysis: Analysis = report(self.declared, form, route, code.emitted.source)
         self._contradiction: bool | None = None
 
@@ -137,33 +132,40 @@ class StructuredPlan:
         shifted = shift is not None
         if shift is not None:
             values["shift"] = shift
-        for full in self._attempts():
-            function = self._kkt(shifted, full)
+        way: Way | None = "route"
+        while way is not None:
+            function = self._kkt(shifted, way)
             out = function(values)
             status = self._verdicts(out[-1], u)
-            if not bool((status == Status.SINGULAR).any()):
-                break
+            way = self._next(way, function, out, status)
         lead, count = rhs_u[0].shape[:2], len(self.declared.variables)
         w = tuple(
             x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
             for x, leaf in zip(out[:count], self.declared.variables, strict=True)
         )
-        s = self.arguments.joined([b.expand(*lead, *b.shape[2:]) for b in out[count:-1]], 2)
+        s = self.arguments.joined(
+            [b.expand(*lead, *b.shape[2:]) for b in out[count : count + len(self.declared.constraints)]], 2
+        )
         return w, s, status
 
-    def _kkt(self, shifted: bool, full: bool) -> Written:
+    def _kkt(self, shifted: bool, way: Way) -> Written:
         return self.writer.function(
-            ("kkt", shifted, full),
+            ("kkt", shifted, way),
             "kkt_solve",
             "K (w, s) = (rhs_u, rhs_h)",
-            lambda: self.recipes.kkt_solve(shifted=shifted, full=full),
+            lambda: self.recipes.kkt_solve(way, shifted=shifted),
         )
 
-    def _attempts(self) -> tuple[bool, ...]:
-        """The structured route, then K as one matrix: for H singular with a regular K, and dependent constraints."""
-        return (
-            (False, True) if self.declared.constraints and self.recipes.kkt.route.name != "full" else (False,)
-        )
+    def _next(self, way: Way, function: Written, out: tuple[Any, ...], status: Tensor) -> Way | None:
+        """What to try after `way`: refinements where digits cancelled, K as one matrix where H or S is singular.
+
+        The last is for a singular H with a regular K, and for constraints that depend on each other by their values.
+        """
+        found = function.emitted.results
+        if "cancelled" in found and out[found.index("cancelled")]:
+            return "refined"
+        whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
+        return "full" if not whole and bool((status == Status.SINGULAR).any()) else None
 
     def _verdicts(self, status: Any, u: Leaves) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8:
@@ -187,14 +189,14 @@ class StructuredPlan:
             need and leaf.placeholder.dtype.is_floating_point
             for need, leaf in zip(needs, theta_leaves, strict=True)
         )
-        for full in self._attempts():
-            function = self._vjp(wanted, v_lam is not None, full)
+        way: Way | None = "route"
+        while way is not None:
+            function = self._vjp(way, wanted, v_lam is not None)
             out = function(values)
-            if self._lost(out[:-1], u):
+            if self._lost(out[: len(theta_leaves)], u):
                 out = function({**values, **self.arguments.point(_off_zero(u), lam, theta)})
             status = self._verdicts(out[-1], u)
-            if not bool((status == Status.SINGULAR).any()):
-                break
+            way = self._next(way, function, out, status)
         found = dict(zip(function.emitted.results, out, strict=True))
         grads = tuple(
             (found[leaf.name].reshape(t.shape).to(t.dtype) if leaf.name in found else torch.zeros_like(t))
@@ -204,12 +206,12 @@ class StructuredPlan:
         )
         return grads, status
 
-    def _vjp(self, wanted: tuple[bool, ...], with_lam: bool, full: bool) -> Written:
+    def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool) -> Written:
         return self.writer.function(
-            ("vjp", wanted, with_lam, full),
+            ("vjp", way, wanted, with_lam),
             "backward",
             "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
-            lambda: self.recipes.vjp(wanted, with_lam=with_lam, full=full),
+            lambda: self.recipes.vjp(way, wanted, with_lam=with_lam),
         )
 
     def _lost(self, grads: Sequence[Tensor], u: Leaves) -> bool:
@@ -217,7 +219,10 @@ class StructuredPlan:
 
         The large gradients are not read again: they have the pattern of w, which is 0 there.
         """
-        return any(not bool(torch.isfinite(g).all()) for g in grads if g.numel() < u[0].numel())
+        small = [
+            g for g in grads if isinstance(g, Tensor) and g.is_floating_point() and g.numel() < u[0].numel()
+        ]
+        return any(not bool(torch.isfinite(g).all()) for g in small)
 
     # ---------------------------------------------------------------- the probe
 

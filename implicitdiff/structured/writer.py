@@ -5,7 +5,6 @@ In: outputs as refs. Out: results. A function lists only the arguments that it u
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from implicitdiff import operators, solvers
 from implicitdiff.graph.emit import Emitted, Emitter, Output
 from implicitdiff.graph.ir import Ref, reachable
+from implicitdiff.graph.record import LOCK
 from implicitdiff.kkt import saddle
 from implicitdiff.structured.arguments import Arguments
 
@@ -57,14 +57,16 @@ class Writer:
         if null_vectors:
             self.namespace["null_vectors"] = null_vectors
         self.known: dict[Hashable, Written] = {}
-        self.lock = threading.RLock()
 
     def function(self, key: Hashable, name: str, document: str, recipe: Callable[[], Recipe]) -> Written:
         """The function of a key, written now if it is new."""
-        with self.lock:
-            if key not in self.known:
-                self.known[key] = self._write(name, document, recipe())
-            return self.known[key]
+        found = self.known.get(key)
+        if found is None:
+            with LOCK:
+                if key not in self.known:
+                    self.known[key] = self._write(name, document, recipe())
+                found = self.known[key]
+        return found
 
     def _write(self, name: str, document: str, recipe: Recipe) -> Written:
         declared = self.arguments.declared
