@@ -9,6 +9,7 @@ from torch.func import grad, jacfwd, vmap
 
 import implicitdiff as idf
 from implicitdiff.layer import DeclarativeLayer, solve
+from implicitdiff.problems import OptimalTransport
 from implicitdiff.status import Status
 from tests.oracles import relative_error
 from tests.small_problems import BY_NAME, SMALL, GeometricMedian, Point, Portfolio, Small, Sphere, Torch, draw
@@ -192,3 +193,12 @@ def test_hand_checks_what_vjp_returns(answer: Any, message: str) -> None:
 
     with pytest.raises(idf.ProblemDefinitionError, match=message):
         DeclarativeLayer(Bad(), backward="hand")(draw(2, 3, seed=1)).sum().backward()
+
+
+def test_hand_never_fills_in_a_zero_for_a_gradient_it_does_not_give() -> None:
+    """The paper's Fig. 4 has no gradient for gamma."""
+    cost = torch.rand(2, 4, 5, dtype=torch.float64)
+    gamma = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    layer = idf.DeclarativeLayer(OptimalTransport(None), backward="hand")
+    with pytest.raises(idf.ProblemDefinitionError, match="no gradient for .*backward='auto'"):
+        layer(cost, gamma).square().sum().backward()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.call import Call, fold, unfold
-from implicitdiff.errors import NotSupportedYetError
+from implicitdiff.errors import NotSupportedYetError, ProblemDefinitionError
 
 
 class HandVjp(torch.autograd.Function):
@@ -19,17 +19,25 @@ class HandVjp(torch.autograd.Function):
     error.
 
     torch's once_differentiable would not do: torch.func ignores it and returns zeros for the second derivative.
-    Apply to (call, *u, *v, *theta); the result is one tensor per theta (zeros where the hook gives none).
+    Apply to (call, needs, *u, *v, *theta); the result is one tensor per theta (zeros where the hook gives none).
     """
 
     @staticmethod
-    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Call the hook."""
+    def forward(call: Call, needs: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Call the hook; a gradient that it does not give and that is needed is an error, not a zero."""
         count = call.variables
         theta = tensors[2 * count :]
         if call.vjp is None:
             raise AssertionError("no hand-written vjp in this call")
         grads = call.vjp(call, tensors[:count], tensors[count : 2 * count], theta)
+        trace = call.plan.trace
+        names = [placeholder.name for placeholder in (*trace.inputs, *trace.tensors)]
+        missing = [n for n, grad, need in zip(names, grads, needs, strict=True) if need and grad is None]
+        if missing:
+            raise ProblemDefinitionError(
+                f"vjp of {call.name} gives no gradient for {', '.join(missing)}, which requires one, and a zero "
+                "would be wrong: use backward='auto', or detach it"
+            )
         return tuple(
             torch.zeros_like(value) if grad is None else grad
             for grad, value in zip(grads, theta, strict=True)
@@ -51,21 +59,23 @@ class HandVjp(torch.autograd.Function):
         raise _no_second(ctx.call)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], call: Call, needs: tuple[bool, ...], *tensors: Tensor
+    ) -> tuple[Any, Any]:
         """Fold the vmapped axis into the batch: gradients of tensors that are shared inside become one per vmapped
         entry.
         """
         size, count = info.batch_size, 2 * call.variables
         leaves = [
-            fold(value, dim, size) for value, dim in zip(tensors[:count], in_dims[1 : 1 + count], strict=True)
+            fold(value, dim, size) for value, dim in zip(tensors[:count], in_dims[2 : 2 + count], strict=True)
         ]
         # Every theta is lifted, so that the gradient of a shared one is not summed over the vmapped axis.
         lifted = [
             value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip(tensors[count:], in_dims[1 + count :], strict=True)
+            for value, dim in zip(tensors[count:], in_dims[2 + count :], strict=True)
         ]
         theta, inner = call.fold_theta(lifted, (0,) * len(lifted), size)
-        grads = HandVjp.apply(inner, *leaves, *theta)
+        grads = HandVjp.apply(inner, needs, *leaves, *theta)
         unfolded = [unfold(grad, size, call.batch) for grad in grads]
         return tuple(
             grad if flag else grad.sum(1) for grad, flag in zip(unfolded, call.batched, strict=True)

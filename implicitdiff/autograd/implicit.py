@@ -152,7 +152,7 @@ def pull_back(
             raise NotSupportedYetError(
                 f"the multipliers of {call.name} have no gradient with backward='hand'; use backward='auto'"
             )
-        grads = HandVjp.apply(call, *u, *v[: len(u)], *theta)
+        grads = HandVjp.apply(call, tuple(needs), *u, *v[: len(u)], *theta)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
     tensors = (*u, *lam, *theta, *v)
     lean = not torch.is_grad_enabled() and not any(
