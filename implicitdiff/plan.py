@@ -7,7 +7,6 @@ first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autogra
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -22,8 +21,10 @@ from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
 from implicitdiff.errors import OptionError
 from implicitdiff.graph.ir import Unsupported
+from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.trace import Trace, trace_problem
 from implicitdiff.inputs import Bound
+from implicitdiff.kkt.route import DENSE_BYTES
 from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
@@ -37,8 +38,6 @@ LINEAR_SOLVERS = (
     "auto", "divide", "block-cholesky", "woodbury", "cholesky", "lu", "ldl", "banded-cholesky", "tridiagonal",
     "kronecker", "schur", "cg", "schur-cg", "minres", "gmres", "sparse-lu",
 )  # fmt: skip
-# Above this the KKT matrix of one sample is not formed where no structure is proved: products with it only.
-DENSE_BYTES = 2**31
 # Plans kept for one problem: more than the signatures of a training loop with its evaluation, few enough to
 # hold.
 PLANS_PER_PROBLEM = 32
@@ -212,24 +211,23 @@ class _Cache:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._lock = threading.Lock()
         self._owned: weakref.WeakKeyDictionary[object, OrderedDict[Hashable, object]] = (
             weakref.WeakKeyDictionary()
         )
 
     def get(self, owner: object, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The entry, made outside the lock if there is none (two threads may both make it; one is kept)."""
-        with self._lock:
+        """The entry, made outside the lock if there is none (two threads may both make it; all get the first)."""
+        with LOCK:
             entries = self._owned.setdefault(owner, OrderedDict())
             if key in entries:
                 entries.move_to_end(key)
                 return entries[key]  # type: ignore[return-value]
         made = make()
-        with self._lock:
-            entries[key] = made
+        with LOCK:
+            kept = entries.setdefault(key, made)
             while len(entries) > self._size:
                 entries.popitem(last=False)
-        return made
+        return kept  # type: ignore[return-value]
 
 
 _TRACES = _Cache(PLANS_PER_PROBLEM)

@@ -122,7 +122,8 @@ class Problem(torch.nn.Module):
     def hessian(self, u: Any, multipliers: Any, *inputs: Any, **unused: Any) -> Any:
         """D_uu of the *Lagrangian* for one sample, as one of ``idf.operators``; for hybrid problems.
 
-        It is probed against the declared functions: a contradiction raises StructureError.
+        Reserved: the derivation from the graph is exact without it and does not call it yet. Once used, it will be
+        probed against the declared functions, and a contradiction will raise StructureError.
         """
         raise _undeclared(self, "hessian")
 

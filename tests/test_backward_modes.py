@@ -200,5 +200,5 @@ def test_hand_never_fills_in_a_zero_for_a_gradient_it_does_not_give() -> None:
     cost = torch.rand(2, 4, 5, dtype=torch.float64)
     gamma = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
     layer = idf.DeclarativeLayer(OptimalTransport(None), backward="hand")
-    with pytest.raises(idf.ProblemDefinitionError, match="no gradient for .*backward='auto'"):
+    with pytest.raises(idf.ProblemDefinitionError, match=r"no gradient for .*backward='auto'"):
         layer(cost, gamma).square().sum().backward()

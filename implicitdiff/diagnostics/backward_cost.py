@@ -32,6 +32,10 @@ class BackwardCost:
     how: str
 
 
+MADE_UP_BYTES = 2**26
+"""Iterations are counted on random data where there is none, unless that would be more than this."""
+
+
 def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
     """Count one `plan.vjp` with gradients for all floating inputs and the Parameters.
 
@@ -44,11 +48,16 @@ def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
     """
     if planned.bound.batch == 0:
         return BackwardCost(0, 0, 0, "an empty batch costs nothing")
-    if planned.plan.analysis.solver not in ITERATIVE:
+    iterative = planned.plan.analysis.solver in ITERATIVE
+    made_up = sum(t.numel() * t.element_size() for t in planned.theta if is_fake(t))
+    if not iterative or made_up > MADE_UP_BYTES:
         try:
             with _NoFailure():
                 found = _run(planned, [torch.empty_like(t, device="meta") for t in planned.theta], _empty)
-            return BackwardCost(found.flops, found.bytes, found.peak, "counted from the shapes")
+            how = (
+                "counted from the shapes, without the iterations" if iterative else "counted from the shapes"
+            )
+            return BackwardCost(found.flops, found.bytes, found.peak, how)
         except NotImplementedError:
             # An operation whose result has a size that depends on values: there is no meta version of it.
             pass

@@ -4,6 +4,7 @@ Comes in: a Problem, the shapes of everything the function may read, the name of
 functional aten graph of one sample, with the user's line on every node. Next file to read: ``clean.py``.
 """
 
+import os
 import pickle
 import random
 import sys
@@ -60,8 +61,13 @@ _RESHAPES = {
 Check = Callable[[Any], list[torch.Tensor]]
 
 
-# make_fx and the fake tensor mode are not safe in threads.
+# make_fx and the fake tensor mode are not safe in threads. Whatever is made once and kept (graphs, plans, emitted
+# functions) is kept under the same lock, so that it is the only one a fork can meet.
 LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A child forked while another thread holds the lock would wait for a thread that it does not have, and would
+    # inherit half of what make_fx patches: the fork waits instead (the workers of a DataLoader are forked).
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 def record(problem: Problem, hook: str, arguments: Arguments, check: Check) -> torch.fx.GraphModule:

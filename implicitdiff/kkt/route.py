@@ -16,7 +16,7 @@ from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.jacobian import JacobianTerm
 from implicitdiff.errors import OptionError
 from implicitdiff.graph.build import Builder, Factor
-from implicitdiff.graph.ir import Label, Ref
+from implicitdiff.graph.ir import Label, Ref, Unsupported
 from implicitdiff.kkt import lowering
 from implicitdiff.structure import dependence
 from implicitdiff.structure.analyze import Contribution, classify
@@ -104,6 +104,10 @@ def _pair(
     return Contribution(block, rows, tuple(axes), tuple(factors), tuple(summed))
 
 
+DENSE_BYTES = 2**31
+"""Above this the matrix of one sample is not formed: products with it only."""
+
+
 class RouteFinder:
     """Takes the decisions for one problem; `identity` replaces H by the identity (for least squares)."""
 
@@ -173,6 +177,15 @@ class RouteFinder:
         operator = lowering.meta_operator(self.build, form, form.kind, self.dtype)
         choice = solvers.choose(operator, linear_solver)
         structured = choice.solver.name in ("woodbury", "block-cholesky", "divide", "cg")
+        bytes_needed = operator.size**2 * self.dtype.itemsize
+        if not structured and bytes_needed > DENSE_BYTES and linear_solver == "auto":
+            needed = f"its {operator.size} x {operator.size} matrix would take {bytes_needed / 2**30:.1f} GiB a sample"
+            if form.kind != "low-rank-plus-diagonal":
+                raise Unsupported(f"H is {form.kind}: {needed}")
+            # the products with D + U C U' are cheap whatever the rank
+            choice = solvers.choose(operator, "cg")
+            rejected = (*choice.rejected, ("cholesky", needed))
+            return form.kind, replace(choice, rejected=rejected)
         return (form.kind if structured else "dense"), choice
 
     def _surely_singular(self, form: Form) -> bool:
