@@ -58,17 +58,21 @@ def resolve(name: str, stored: Tensor | None, given: Tensor | None) -> Tensor:
     return stored
 
 
-def per_sample(name: str, stored: Tensor | None, given: Tensor | None, batch: int) -> Tensor:
+def per_sample(name: str, stored: Tensor | None, given: Tensor | None, like: Tensor) -> Tensor:
     """The coefficient for a batch, as a tensor of shape () (shared) or (batch,).
+
+    It takes the dtype of the input `like` (batch, ...): once it has axes to broadcast over, a Parameter of higher
+    precision would widen everything it meets.
 
     Raises:
         InputError: If there is neither, or its shape is wrong.
     """
+    batch = like.shape[0]
     if given is not None and given.shape != (batch,):
         raise InputError(
             f"{name} as an input is one number per sample, so of shape ({batch},), not {tuple(given.shape)}"
         )
-    return given if given is not None else resolve(name, stored, None).reshape(())
+    return given if given is not None else resolve(name, stored, None).reshape(()).to(like.dtype)
 
 
 def require_positive(name: str, value: Tensor) -> None:

@@ -84,7 +84,7 @@ class OptimalTransport(Problem):
         gamma lambda_i = row_i - log r_i + const, and likewise for the columns.
         """
         given_r, given_c, given_gamma = _told_apart(M, rest, axes=3)
-        gamma = per_sample("gamma", self.gamma, given_gamma, M.shape[0])
+        gamma = per_sample("gamma", self.gamma, given_gamma, M)
         require_positive("gamma", gamma)
         r, c = _marginals(M, given_r, given_c)
         if M.shape[0] == 0:
@@ -114,7 +114,7 @@ class OptimalTransport(Problem):
             SingularError: If the Schur complement is not positive definite; it names the samples.
         """
         given_r, given_c, given_gamma = _told_apart(M, rest, axes=3)
-        gamma = per_sample("gamma", self.gamma, given_gamma, M.shape[0])[..., None]
+        gamma = per_sample("gamma", self.gamma, given_gamma, M)[..., None]
         r, c = _marginals(M, given_r, given_c)
         by_name = dict(zip(("M", "r", "c"), _hand_written(u, v, r, c, gamma), strict=True))
         names = {1: "M", 2: "M gamma", 3: "M r c", 4: "M r c gamma"}[1 + len(rest)].split()

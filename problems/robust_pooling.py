@@ -68,7 +68,7 @@ class RobustPooling(Problem):
         and follow the lowest descent of each sample to its end.
         """
         _check_points(x, 3)
-        width = per_sample("alpha", self.alpha, alpha, x.shape[0])
+        width = per_sample("alpha", self.alpha, alpha, x)
         require_positive("alpha", width)
         width = width[..., None]
         if self.rho is PENALTIES["quadratic"].rho:
@@ -100,7 +100,7 @@ class RobustPooling(Problem):
         Raises:
             SingularError: If H is not positive definite; it names the samples.
         """
-        width = per_sample("alpha", self.alpha, alpha, x.shape[0])[..., None]
+        width = per_sample("alpha", self.alpha, alpha, x)[..., None]
         gradient = self._hand_written(u, v, x, width)
         return gradient if alpha is None else (gradient, None)
 

@@ -87,6 +87,11 @@ class Attached:
             point = point - torch.linalg.inv(jacrev(residual)(point)) @ residual(point)
         return point[:size].reshape(self.u.shape), torch.cat([point[size:], rest])
 
+    def objective(self, u: Tensor, inputs: Sequence[Any], parameters: Mapping[str, Tensor]) -> Tensor:
+        """The declared f at u, differentiable in all of them."""
+        own = {f"problem.{name}": value for name, value in parameters.items()}
+        return functional_call(self.module, own, (u, *inputs))[0]
+
     def _residual(self, point: Tensor, inputs: Sequence[Any], parameters: Mapping[str, Tensor]) -> Tensor:
         size = self.u.numel()
         own = {f"problem.{name}": value for name, value in parameters.items()}

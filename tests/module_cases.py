@@ -70,6 +70,7 @@ class Case:
         make: the problem, in float64.
         in_dims: the layer's.
         inputs: (batch, seed) -> inputs in float64 that require gradients.
+        entries: how many entries one sample's u has.
         structured: whether the plan is the structured one.
     """
 
@@ -77,6 +78,7 @@ class Case:
     make: Callable[[], idf.Problem]
     in_dims: Any
     inputs: Callable[[int, int], tuple[Tensor, ...]]
+    entries: int
     structured: bool
 
     def layer(self, **options: Any) -> DeclarativeLayer:
@@ -108,10 +110,10 @@ def _plane(batch: int, seed: int, size: int) -> tuple[Tensor, ...]:
 
 
 CASES = (
-    Case("pooling", _pooling, 0, lambda batch, seed: (draw(batch, 3, 5, seed=seed),), True),
-    Case("transport", _transport, (0, None, None), _costs, True),
-    Case("quartic", Quartic, (0, None), lambda batch, seed: _plane(batch, seed, 3), True),
-    Case("running", Running, (0, None), lambda batch, seed: _plane(batch, seed, 4), False),
+    Case("pooling", _pooling, 0, lambda batch, seed: (draw(batch, 3, 5, seed=seed),), 3, True),
+    Case("transport", _transport, (0, None, None), _costs, 12, True),
+    Case("quartic", Quartic, (0, None), lambda batch, seed: _plane(batch, seed, 3), 3, True),
+    Case("running", Running, (0, None), lambda batch, seed: _plane(batch, seed, 4), 4, False),
 )
 BY_NAME = {case.name: case for case in CASES}
 

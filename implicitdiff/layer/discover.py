@@ -5,7 +5,6 @@ In: a problem without `init`, and its inputs. Out: an `Example` of its variables
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -14,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from implicitdiff.errors import SolutionError
+from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.skeleton import skeleton
 from implicitdiff.graph.trace import Example, solution_example
 from implicitdiff.inputs import Bound
@@ -22,7 +22,6 @@ from implicitdiff.torch_private import clean_context, first_entry, is_fake, is_w
 
 REMEMBERED = 32
 
-_LOCK = threading.Lock()
 _FOUND: weakref.WeakKeyDictionary[Problem, OrderedDict[Hashable, Example]] = weakref.WeakKeyDictionary()
 
 
@@ -35,7 +34,7 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
     Raises:
         SolutionError: `solve` returned something else than tensors of the inputs' dtype, or the inputs have no data.
     """
-    with _LOCK:
+    with LOCK:
         known = _FOUND.setdefault(problem, OrderedDict())
         if bound.signature in known:
             known.move_to_end(bound.signature)
@@ -63,7 +62,7 @@ def solved_example(problem: Problem, bound: Bound) -> Example:
             ) from error
     tree = found.u if isinstance(found, Solution) else found
     example = solution_example(problem, tree, bound)
-    with _LOCK:
+    with LOCK:
         known[bound.signature] = example
         while len(known) > REMEMBERED:
             known.popitem(last=False)

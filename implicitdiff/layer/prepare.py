@@ -223,12 +223,15 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
         )
     if options.backward == "hand":
         _refuse_parameters(problem, bound)
-    example = variable_example(problem, bound) if problem.declares("init") else solved_example(problem, bound)
-    start = None if init is None else _start(init, example, bound, type(problem).__name__)
-    with without_saved_tensor_hooks():
+    with (
+        without_saved_tensor_hooks()
+    ):  # the declared functions may use torch.func, which refuses to run under them
+        look = variable_example if problem.declares("init") else solved_example
+        example = look(problem, bound)
         plan = forward_plan = _plan(problem, bound, example, options, options.backward)
         if options.backward == "approximate":
             forward_plan = _plan(problem, bound, example, options, "auto")
+    start = None if init is None else _start(init, example, bound, type(problem).__name__)
     return Prepared(problem, bound, options, plan, forward_plan, plan.trace.theta(bound), start, restore)
 
 
@@ -239,15 +242,21 @@ def _plan(problem: Problem, bound: Bound, example: Example, options: Options, ba
 
 
 def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype | None]:
-    """Under autocast, floating inputs in float32 (float64 stays), and the dtype in which the caller expects u."""
+    """Under autocast, floating inputs in float32 together, and the dtype in which the caller expects u.
+
+    Inputs that are all float64 stay, as torch's own casts leave them. u goes back to the inputs' common half
+    precision; where they differ it stays float32.
+    """
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors or not torch.is_autocast_enabled(tensors[0].device.type):
         return tuple(inputs), None
-    low = [tensor.dtype in LOW_PRECISION for tensor in tensors]
-    restore = tensors[0].dtype if all(low) and len({tensor.dtype for tensor in tensors}) == 1 else None
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes == {torch.float64}:
+        return tuple(inputs), None
+    restore = tensors[0].dtype if len(dtypes) == 1 and tensors[0].dtype in LOW_PRECISION else None
     cast = [
-        leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in LOW_PRECISION else leaf for leaf in leaves
+        leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
     ]
     return tuple(torch.utils._pytree.tree_unflatten(cast, spec)), restore
 
