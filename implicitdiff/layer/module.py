@@ -8,11 +8,12 @@ Next: `layer/prepare.py`, which prepares one call.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
-from implicitdiff.errors import NotSupportedYetError
+from implicitdiff.errors import FallbackWarning
 from implicitdiff.inputs import InDims
 from implicitdiff.layer.prepare import Options, Prepared, prepare
 from implicitdiff.layer.unrolled import run_unrolled
@@ -61,18 +62,19 @@ class DeclarativeLayer(torch.nn.Module):
                 "nan" or "zero" (so in u and in its gradients; a shared tensor's gradient is NaN, or the sum over the
                 other samples); "damp" (regularise, with a warning).
             optimality_tol: relative tolerance of the check that u is optimal; None: sqrt(eps) of the dtype.
-            compile: not supported yet.
+            compile: asks for a compiled backward; for now it runs eagerly, with equal results and a warning.
 
         Raises:
             ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
             OptionError: an option has a value that does not exist; the message lists those that do.
-            NotSupportedYetError: an option of the contract that is not built yet.
+            NotSupportedYetError: the problem declares inequality or bounds.
+
+        Warns:
+            FallbackWarning: for compile=True.
         """
         super().__init__()
         if compile:
-            raise NotSupportedYetError(
-                "compile=True is not supported yet; wrap the layer in torch.compile without fullgraph"
-            )
+            _warn_that_it_runs_eagerly()
         self.compile_requested = compile
         self.problem = require_problem(problem)
         self.options = Options(
@@ -149,9 +151,7 @@ def solve(
         Solution, differentiable in u, the multipliers and the value.
     """
     if compile:
-        raise NotSupportedYetError(
-            "compile=True is not supported yet; wrap the call in torch.compile without fullgraph"
-        )
+        _warn_that_it_runs_eagerly()
     options = Options(
         in_dims=in_dims,
         optimizer=optimizer,
@@ -169,3 +169,11 @@ def _run(prepared: Prepared, *, with_value: bool) -> Solution:
         outputs = run_unrolled(prepared) if prepared.options.backward == "unrolled" else prepared.apply()
         value = prepared.value(outputs.u) if with_value else None
         return prepared.solution(outputs, value)
+
+
+def _warn_that_it_runs_eagerly() -> None:
+    warnings.warn(
+        "compile=True: the backward pass is not compiled yet and runs eagerly, with equal results",
+        FallbackWarning,
+        stacklevel=3,
+    )

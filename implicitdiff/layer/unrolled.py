@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd import Call, KKTSolve
+from implicitdiff.autograd.call import without
 from implicitdiff.errors import UnrollError
 from implicitdiff.failures import enforce, validate_policy
 from implicitdiff.layer.prepare import Outputs, Prepared
@@ -21,7 +22,7 @@ from implicitdiff.optimality import check, tolerance
 from implicitdiff.problem import Solution
 from implicitdiff.pytrees import flatten_like
 from implicitdiff.status import Status
-from implicitdiff.torch_private import is_wrapped, without_saved_tensor_hooks
+from implicitdiff.torch_private import has_tangent, is_wrapped, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 
@@ -40,7 +41,7 @@ def run_unrolled(prepared: Prepared) -> Outputs:
     place, each built of differentiable parts.
 
     Returns:
-        The outputs. The multipliers are differentiable after Newton steps, constants after a `solve`. Inside vmap or
+        The outputs. The multipliers after a `solve` follow u by one solve with K (see `_multipliers`). Inside vmap or
         grad the result is not checked for optimality (status OK, residual NaN), since values cannot be read there.
 
     Raises:
@@ -144,13 +145,9 @@ def _judged(prepared: Prepared, u: Leaves, lam: Leaves | None, steps: int) -> Ou
     iterations = torch.full_like(status, steps, dtype=torch.int64)
     residual = torch.full_like(status, torch.nan, dtype=u[0].dtype)
     if any(is_wrapped(tensor) for tensor in (*u, *theta)):
-        shapes = (
-            ()
-            if lam is not None or prepared.plan.trace.equality is None
-            else prepared.plan.trace.equality.output_shapes
+        return Outputs(
+            u, _multipliers(prepared, u, None) if lam is None else lam, status, iterations, residual
         )
-        unknown = tuple(u[0].new_full((u[0].shape[0], *shape), torch.nan) for shape in shapes)
-        return Outputs(u, lam or unknown, status, iterations, residual)
     with torch.no_grad(), without_saved_tensor_hooks():
         plain_u, plain = tuple(leaf.detach() for leaf in u), tuple(tensor.detach() for tensor in theta)
         constants = (
@@ -162,4 +159,33 @@ def _judged(prepared: Prepared, u: Leaves, lam: Leaves | None, steps: int) -> Ou
         status = enforce(
             found, validate_policy(options.on_failure), f"{source} of {type(prepared.problem).__name__}"
         )
-    return Outputs(u, constants if lam is None else lam, status, iterations, found.residuals.relative)
+    if lam is None:
+        lam = _multipliers(prepared, u, constants) if _moving((*u, *theta)) else constants
+    return Outputs(u, lam, status, iterations, found.residuals.relative)
+
+
+def _moving(tensors: Sequence[Tensor]) -> bool:
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recorded or any(has_tangent(tensor) for tensor in tensors)
+
+
+def _multipliers(prepared: Prepared, u: Leaves, near: Leaves | None) -> Leaves:
+    """lam of a solution u, as a function of u and theta.
+
+    F = (D_u f - A'lam, -h) is linear in lam, so one Newton step from any (u, lam) with u a solution ends in its
+    multipliers exactly, derivatives of every order included. `near` are constants to step from, None where values
+    cannot be read: then 0.
+    """
+    equality = prepared.plan.trace.equality
+    if equality is None:
+        return ()
+    batch = prepared.bound.batch
+    start = near or tuple(u[0].new_zeros((batch, *shape)) for shape in equality.output_shapes)
+    call = prepared.call()
+    inside, lost = call.lagrangian.inside(u, start, prepared.theta)
+    residual = _residual(call, inside, start, prepared.theta)
+    towards_u = without(residual[: len(u)], lost)
+    z = KKTSolve.apply(
+        call, *(-leaf[None] for leaf in (*towards_u, *residual[len(u) :])), *u, *start, *prepared.theta
+    )
+    return tuple(a + b[0] for a, b in zip(start, z[len(u) :], strict=True))
