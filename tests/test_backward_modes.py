@@ -9,7 +9,7 @@ from torch.func import grad, jacfwd, vmap
 
 import implicitdiff as idf
 from implicitdiff.layer import DeclarativeLayer, solve
-from implicitdiff.problems import OptimalTransport
+from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.status import Status
 from tests.oracles import relative_error
 from tests.small_problems import BY_NAME, SMALL, GeometricMedian, Point, Portfolio, Small, Sphere, Torch, draw
@@ -202,3 +202,15 @@ def test_hand_never_fills_in_a_zero_for_a_gradient_it_does_not_give() -> None:
     layer = idf.DeclarativeLayer(OptimalTransport(None), backward="hand")
     with pytest.raises(idf.ProblemDefinitionError, match=r"no gradient for .*backward='auto'"):
         layer(cost, gamma).square().sum().backward()
+
+
+def test_hand_under_vmap_of_a_problem_with_a_buffer() -> None:
+    """The buffer is shared by the vmapped entries, and stays so."""
+    x = torch.randn(4, 2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = {}
+    for backward in ("hand", "auto"):
+        layer = idf.DeclarativeLayer(RobustPooling("welsch", 1.5).double(), backward=backward)
+        found[backward] = vmap(grad(lambda one, layer=layer: (layer(one) ** 3).sum()))(x)
+    assert relative_error(found["hand"], found["auto"]) < 1e-12
+    with pytest.raises(idf.OptionError, match="dependent"):
+        idf.DeclarativeLayer(OptimalTransport(2.0), linear_solver="ldl")(torch.rand(1, 3, 4))

@@ -69,17 +69,28 @@ class HandVjp(torch.autograd.Function):
         leaves = [
             fold(value, dim, size) for value, dim in zip(tensors[:count], in_dims[2 : 2 + count], strict=True)
         ]
-        # Every theta is lifted, so that the gradient of a shared one is not summed over the vmapped axis.
-        lifted = [
-            value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip(tensors[count:], in_dims[2 + count :], strict=True)
-        ]
-        theta, inner = call.fold_theta(lifted, (0,) * len(lifted), size)
+        # Inputs are lifted, so that the gradient of a shared one is not summed over the vmapped axis. Tensors of the
+        # problem stay shared where they are: the hook gives no gradient for them.
+        inputs = len(call.plan.trace.inputs)
+        lifted: list[Tensor] = []
+        dims: list[int | None] = []
+        for index, (value, dim) in enumerate(zip(tensors[count:], in_dims[2 + count :], strict=True)):
+            stays = dim is None and index >= inputs
+            dims.append(None if stays else 0)
+            whole = value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+            lifted.append(value if stays else whole)
+        theta, inner = call.fold_theta(lifted, dims, size)
         grads = HandVjp.apply(inner, needs, *leaves, *theta)
-        unfolded = [unfold(grad, size, call.batch) for grad in grads]
-        return tuple(
-            grad if flag else grad.sum(1) for grad, flag in zip(unfolded, call.batched, strict=True)
-        ), (0,) * len(unfolded)
+        parts = zip(grads, dims, call.batched, strict=True)
+        return tuple(_per_entry(grad, dim, flag, size, call.batch) for grad, dim, flag in parts), tuple(dims)
+
+
+def _per_entry(grad: Tensor, dim: int | None, batched: bool, size: int, batch: int) -> Tensor:
+    """The gradient with the vmapped axis in front again; that of a shared tensor summed over the batch."""
+    if dim is None:
+        return grad
+    unfolded = unfold(grad, size, batch)
+    return unfolded if batched else unfolded.sum(1)
 
 
 def _no_second(call: Call) -> NotSupportedYetError:

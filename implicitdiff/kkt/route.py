@@ -121,6 +121,11 @@ class RouteFinder:
         diagonal = form.kind in ("diagonal", "scaled-identity")
         dependent = dependence.find(build, self.declared.rows()) if constrained else None
         base = Route("unconstrained", form, form.kind, "Divide", None, "", (), 1.0, dependent, "divide", ())
+        if dependent is not None and linear_solver == "ldl":
+            raise OptionError(
+                f"linear_solver='ldl' takes no dependent constraints, and here {dependent.sentences[0]}: "
+                "choose auto or lu"
+            )
         if constrained and (full or linear_solver in ("lu", "ldl") or self._surely_singular(form)):
             reason = (
                 "asked for"
