@@ -221,7 +221,11 @@ def _entry(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row
     held = setup.problem if own else held_at(setup.problem, batch_first(setup.solution, setup.unbatched))
     inputs, leaves = fresh(setup.inputs, setup.flags)
     wanted = [*leaves, *(p for p in setup.problem.parameters() if p.requires_grad)]
-    if not wanted:
+    if name == "hand":
+        for leaf, has in zip(leaves, _given_by_hand(setup), strict=True):
+            leaf.requires_grad_(has)
+    asked = [tensor for tensor in wanted if tensor.requires_grad]
+    if not asked:
         return Row(name, "", note="not run: no input is floating and no Parameter requires a gradient")
     layer = DeclarativeLayer(held, in_dims=setup.in_dims, backward=name)
     layer(*inputs)  # traces and plans, which is not part of a call
@@ -229,7 +233,8 @@ def _entry(setup: _Setup, name: str, truth: _Truth, rounds: int) -> _Entry | Row
     cotangents = pytree.tree_leaves(setup.cotangent)
 
     def run() -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
+        found = iter(torch.autograd.grad(outputs, asked, cotangents, retain_graph=True, allow_unused=True))
+        return tuple(next(found) if tensor.requires_grad else None for tensor in wanted)
 
     if name == "auto":
         run()  # the first backward of a plan also probes its structure
