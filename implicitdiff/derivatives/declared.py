@@ -14,7 +14,7 @@ from implicitdiff.derivatives.curvature import quadratic_terms
 from implicitdiff.derivatives.jacobian import Jacobians, JacobianTerm
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calculus import adjoints, tangent
-from implicitdiff.graph.ir import BATCHED, Label, Ref, Unsupported, reachable
+from implicitdiff.graph.ir import BATCHED, Label, Ref, Unsupported
 from implicitdiff.graph.translate import Block, Leaf, Program
 from implicitdiff.graph.values import shape
 from implicitdiff.structure.analyze import Contribution
@@ -111,17 +111,6 @@ class Declared:
             weighted = self.build.times(self.constraint_leaf("lam", c), c.value)
             terms.append((-1.0, self.build.con(weighted, c.labels)))
         return self.build.add(terms)
-
-    @cached_property
-    def multiplier_ids(self) -> frozenset[int]:
-        """Ids of the leaves of lam."""
-        found = [
-            n
-            for c in self.constraints
-            for n in reachable([self.constraint_leaf("lam", c).node])
-            if n.op == "leaf"
-        ]
-        return frozenset(n.id for n in found)
 
     @cached_property
     def hessian_terms(self) -> list[Contribution]:

@@ -1,7 +1,7 @@
 """Symbolic first derivatives on the intermediate representation.
 
 In: refs. Out: refs. `partial` differentiates a pointwise expression by one of its sources (a leaf or a sum), `tangent`
-pushes directions forward, `reverse` pulls one scalar back to its leaves. Next files: `derivatives/jacobian.py` and
+pushes directions forward, `adjoints` pulls one scalar back to its leaves. Next files: `derivatives/jacobian.py` and
 `derivatives/curvature.py`.
 """
 
