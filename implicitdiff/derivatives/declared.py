@@ -13,12 +13,12 @@ from functools import cached_property
 from implicitdiff.derivatives.curvature import quadratic_terms
 from implicitdiff.derivatives.jacobian import Jacobians, JacobianTerm
 from implicitdiff.graph.build import Builder
-from implicitdiff.graph.calculus import adjoints, tangent
+from implicitdiff.graph.calculus import adjoints, selection, tangent
 from implicitdiff.graph.ir import BATCHED, Label, Ref, Unsupported
 from implicitdiff.graph.translate import Block, Leaf, Program
 from implicitdiff.graph.values import shape
 from implicitdiff.structure.analyze import Contribution
-from implicitdiff.structure.dependence import Constraint, Row
+from implicitdiff.structure.dependence import Constraint, Dependence, Row, find
 from implicitdiff.structure.forms import Space
 
 
@@ -127,12 +127,14 @@ class Declared:
             for t in quadratic_terms(self.build, self.jacobians, self.lagrangian)
         ]
 
-    def rows(self) -> list[Constraint]:
-        """The constraints as the search for dependences wants them."""
-        return [
+    @cached_property
+    def dependent(self) -> Dependence | None:
+        """The constraints that are proved to depend on each other."""
+        rows = [
             Constraint(c.name, c.labels, tuple(Row(t.leaf, t.columns, t.coefficient) for t in c.terms))
             for c in self.constraints
         ]
+        return find(self.build, rows) if rows else None
 
     def gradient(self, root: Ref, side: Sequence[tuple[Label, ...]]) -> list[Ref]:
         """D_u root, one ref a variable, in the labels `side`; slices of a variable are scattered back."""
@@ -162,10 +164,7 @@ class Declared:
                     if spec[0] == "all":
                         names[own] = label
                         continue
-                    rows = [] if row is None else [row]
-                    factors.append(
-                        build.make("select", (spec, build.labels.sizes[own]), (), [*rows, label], prefix=0)
-                    )
+                    factors.append(selection(build, spec, build.labels.sizes[own], row, label))
                 summed = [
                     row
                     for _, _, row in build.view_axes(build.self_ref(node))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from implicitdiff.graph.build import Builder
-from implicitdiff.graph.calculus import POINTWISE, chain
+from implicitdiff.graph.calculus import POINTWISE, chain, selection
 from implicitdiff.graph.ir import Label, Node, Ref, Unsupported
 
 
@@ -93,8 +93,7 @@ class Jacobians:
                 continue
             column = build.labels.new(leaf.sizes[k])
             columns.append(column)
-            rows = [] if row is None else [row]
-            factors.append(build.make("select", (spec, leaf.sizes[k]), (), [*rows, column], prefix=0))
+            factors.append(selection(build, spec, leaf.sizes[k], row, column))
         return JacobianTerm(leaf, tuple(columns), build.times(*factors))
 
     def _merge(self, value: Ref, terms: list[JacobianTerm]) -> list[JacobianTerm]:

@@ -15,6 +15,7 @@ from implicitdiff.graph.functions import FOLD
 from implicitdiff.graph.ir import UNBATCHED, Label, Labels, Node, Ref, Unsupported
 
 Factor = tuple[Ref, float]
+REBUILT = ("prod", "add", "fn", "con", "amax")
 Spec = tuple[Any, ...]
 """What a view does to one axis: ("all",), ("slice", start, step, count) or ("index", k)."""
 Term = tuple[float, Ref]
@@ -108,24 +109,25 @@ class Builder:
         finally:
             self.alias = {}
 
+    def rebuilt(self, node: Node, args: Sequence[Ref], bound: Sequence[Label]) -> Ref:
+        """The operation of `node`, one of `REBUILT`, on other arguments: normal forms apply again."""
+        if node.op == "prod":
+            return self.mul(list(zip(args, node.data[1], strict=True)), node.data[0])
+        if node.op == "add":
+            return self.add(list(zip(node.data[1], args, strict=True)), node.data[0])
+        if node.op == "fn":
+            return self.fn(node.data[0], args, node.data[1])
+        if node.op == "amax":
+            return self.amax(args[0], bound)
+        return args[0] if self.is_zero(args[0]) else self.con(args[0], bound, over_batch=bool(node.data))
+
     def _again(self, ref: Ref, memo: dict[Ref, Ref]) -> Ref:
         if ref in memo:
             return memo[ref]
-        node = ref.node
         result = ref
-        if node.op in ("prod", "add", "fn", "con"):
+        if ref.node.op in REBUILT:
             args, bound = self.open(ref)
-            inner = [self._again(a, memo) for a in args]
-            if node.op == "prod":
-                result = self.mul(list(zip(inner, node.data[1], strict=True)), node.data[0])
-            elif node.op == "add":
-                result = self.add(list(zip(node.data[1], inner, strict=True)), node.data[0])
-            elif node.op == "fn":
-                result = self.fn(node.data[0], inner, node.data[1])
-            elif self.is_zero(inner[0]):
-                result = inner[0]
-            else:
-                result = self.con(inner[0], bound, over_batch=bool(node.data))
+            result = self.rebuilt(ref.node, [self._again(a, memo) for a in args], bound)
         memo[ref] = result
         return result
 

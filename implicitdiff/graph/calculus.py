@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from implicitdiff.graph.build import Builder
-from implicitdiff.graph.ir import Ref, Unsupported, reachable
+from implicitdiff.graph.build import Builder, Spec
+from implicitdiff.graph.ir import UNBATCHED, Label, Ref, Unsupported, reachable
 
 POINTWISE = ("prod", "add", "fn")
 """Operations that act entry by entry; everything else is a source of the expressions above it."""
@@ -104,6 +104,12 @@ def chain(build: Builder, ref: Ref, args: tuple[Ref, ...], inner: list[Ref]) -> 
         return build.fn("where", [args[0], inner[1], inner[2]])
     terms = [(1.0, build.times(slope(build, ref, k), d)) for k, d in enumerate(inner) if not build.is_zero(d)]
     return build.add(terms)
+
+
+def selection(build: Builder, spec: Spec, size: int, row: Label | None, column: Label) -> Ref:
+    """d view / d leaf along one axis of `size` entries: rows of the identity, or a unit vector where `row` is None."""
+    rows = [] if row is None else [row]
+    return build.make("select", (spec, size), (), [*rows, column], prefix=UNBATCHED)
 
 
 def sources(build: Builder, body: Ref, leaves: frozenset[int]) -> list[Ref]:

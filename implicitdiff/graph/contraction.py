@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import opt_einsum
 
 from implicitdiff.graph.ir import Label
-from implicitdiff.graph.text import Operand, bracket
+from implicitdiff.graph.text import Operand, axis_list, bracket
 
 BATCH: Label = -1
 
@@ -69,7 +69,7 @@ def _reduce(operand: Operand, bound: Sequence[Label], over_batch: bool) -> tuple
         dims = [0, *dims]
     if not dims:
         return operand.text, layout
-    return f"{text}.sum({dims[0] if len(dims) == 1 else '(' + ', '.join(map(str, dims)) + ')'})", layout
+    return f"{text}.sum({axis_list(dims)})", layout
 
 
 def _pair(

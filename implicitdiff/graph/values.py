@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from implicitdiff.graph.build import Builder, Spec
+from implicitdiff.graph.build import REBUILT, Builder, Spec
 from implicitdiff.graph.ir import Label, Ref, Unsupported
 
 Dimension = tuple[Label, ...]
@@ -43,7 +43,7 @@ def feeders(build: Builder, ref: Ref, label: Label) -> set[tuple[str, int]]:
         return {(ref.node.data[0], ref.labels.index(label))}
     if ref.node.op == "eye":
         return {(ref.node.data, 0)}
-    if ref.node.op not in ("prod", "add", "fn", "con", "amax"):
+    if ref.node.op not in REBUILT:
         raise Unsupported(f"an axis of a {ref.node.op} cannot be split")
     found: set[tuple[str, int]] = set()
     for a in build.open(ref)[0]:
@@ -175,22 +175,10 @@ def restricted(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | 
         return Ref(made.node, tuple(k for k in names if k is not None))
     if node.op == "view":
         return _view_of_view(build, ref, label, spec, new)
+    if node.op not in REBUILT:
+        raise Unsupported(f"a slice of a {node.op} has no rule")
     args, bound = build.open(ref)
-    inner = [restricted(build, a, label, spec, new) for a in args]
-    if node.op == "prod":
-        coefficient, powers = node.data
-        return build.mul(list(zip(inner, powers, strict=True)), coefficient)
-    if node.op == "add":
-        constant, coefficients = node.data
-        return build.add(list(zip(coefficients, inner, strict=True)), constant)
-    if node.op == "fn":
-        name, params = node.data
-        return build.fn(name, inner, params)
-    if node.op == "con":
-        return build.con(inner[0], bound)
-    if node.op == "amax":
-        return build.amax(inner[0], bound)
-    raise Unsupported(f"a slice of a {node.op} has no rule")
+    return build.rebuilt(node, [restricted(build, a, label, spec, new) for a in args], bound)
 
 
 def _view_of_view(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | None) -> Ref:

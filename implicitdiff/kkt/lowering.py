@@ -26,6 +26,11 @@ def flat_text(sizes: Sequence[Sequence[int]]) -> str:
     return parts[0] if len(parts) == 1 else f"saddle.beside({', '.join(parts)})"
 
 
+def renumbered(text: str, count: int, start: int) -> str:
+    """A template whose arguments {0}, {1}, ... become {start}, {start + 1}, ...: to join argument lists."""
+    return text.format(*(f"{{{start + k}}}" for k in range(count)))
+
+
 def pack(
     build: Builder, space: Space, refs: Sequence[Ref], side: Sequence[Sequence[Label]], prefix: int
 ) -> Ref:
@@ -151,10 +156,8 @@ def joined(
         texts = []
         for entry, labels, columns, sizes in row:
             text, own = dense_block(build, entry, labels, columns, sizes)
-            for k in reversed(range(len(own))):
-                text = text.replace(f"{{{k}}}", f"{{{len(args) + k}}}")
+            texts.append(renumbered(text, len(own), len(args)))
             args += own
-            texts.append(text)
         rows.append(f"[{', '.join(texts)}]")
     text = rows[0][1:-1] if len(cells) == 1 and len(cells[0]) == 1 else f"saddle.grid([{', '.join(rows)}])"
     return call(build, text, args, out, BATCHED)

@@ -116,10 +116,9 @@ class RouteFinder:
 
     def choose(self, form: Form, linear_solver: str, *, full: bool = False) -> Route:
         """The route for H of this form."""
-        build = self.build
         constrained = bool(self.declared.constraints)
         diagonal = form.kind in ("diagonal", "scaled-identity")
-        dependent = dependence.find(build, self.declared.rows()) if constrained else None
+        dependent = self.declared.dependent
         base = Route("unconstrained", form, form.kind, "Divide", None, "", (), 1.0, dependent, "divide", ())
         if dependent is not None and linear_solver == "ldl":
             raise OptionError(

@@ -27,9 +27,9 @@ def matrix(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def with_diagonal(dense: Tensor, diagonal: Tensor) -> Tensor:
-    """dense + diag(diagonal), in the buffer of `dense` where that is the whole result's own."""
+    """dense + diag(diagonal), as a copy: `dense` may be an input itself."""
     batch = max(dense.shape[0], diagonal.shape[0])
-    out = dense.clone() if dense.shape[0] == batch else dense.expand(batch, -1, -1).clone()
+    out = dense.expand(batch, -1, -1).clone()
     out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return out
 

@@ -205,17 +205,15 @@ class SymbolicKKT:
         if entry.empty and i != j:
             return None
         if i == j and entry.is_diagonal:
-            text = f"operators.Diagonal({lowering.flat_text([space.sizes[i]])})".replace(
-                "{0}", f"{{{len(args)}}}"
-            )
+            text = f"operators.Diagonal({lowering.flat_text([space.sizes[i]])})"
+            text = lowering.renumbered(text, 1, len(args))
             assert entry.diagonal is not None
             args.append((entry.diagonal, space.rows[i], BATCHED))
             return text
         text, own = lowering.dense_block(
             build, entry, space.rows[i], space.columns[j], (space.entries(i), space.entries(j))
         )
-        for k in reversed(range(len(own))):
-            text = text.replace(f"{{{k}}}", f"{{{len(args) + k}}}")
+        text = lowering.renumbered(text, len(own), len(args))
         args.extend(own)
         return f"operators.Dense({text})" if i == j else text
 
