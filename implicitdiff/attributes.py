@@ -63,6 +63,33 @@ def problem_signature(problem: torch.nn.Module) -> Hashable:
     return scan(problem).signature
 
 
+def plain_values(problem: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, value) of the numbers, strings and flags in a Problem's modules, lists, tuples and dicts."""
+    yield from _plain_values(problem, "self", set())
+
+
+def _plain_values(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if type(value) in (bool, int, float, str):
+        if value == value:  # a NaN equals nothing
+            yield path, value
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    items: list[tuple[str, Any]] = []
+    match value:
+        case torch.nn.Module():
+            held = {name: item for name, item in vars(value).items() if name not in _MODULE_INTERNALS}
+            held |= {"training": value.training, **vars(value)["_modules"]}
+            items = [(f"{path}.{name}", item) for name, item in held.items() if name.isidentifier()]
+        case dict():
+            items = [(f"{path}[{key!r}]", item) for key, item in value.items() if type(key) in (str, int)]
+        case list() | tuple():
+            items = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    for name, item in items:
+        yield from _plain_values(item, name, seen)
+
+
 class Same:
     """A key that only the very same object equals; it keeps the object alive, so that no id recurs."""
 

@@ -75,6 +75,10 @@ class NotSupportedYetError(ImplicitDiffError, NotImplementedError):
     """Part of the contract, but not built yet."""
 
 
+class StaleGraphError(ImplicitDiffError, RuntimeError):
+    """A compiled or exported graph outlived what it was made from: the layer is gone, or was changed since."""
+
+
 class ImplicitDiffWarning(UserWarning):
     """The root of every warning the library gives."""
 

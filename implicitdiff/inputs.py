@@ -64,9 +64,10 @@ class Bound:
 
     @property
     def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape of one sample of each leaf."""
+        """The shape of one sample of each leaf; of a graph with sizes left open, as numbers that it then assumes."""
         return tuple(
-            tuple(x.shape[1:] if b else x.shape) for x, b in zip(self.leaves, self.batched, strict=True)
+            tuple(map(int, x.shape[1:] if b else x.shape))
+            for x, b in zip(self.leaves, self.batched, strict=True)
         )
 
     @property

@@ -30,6 +30,7 @@ from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
 from implicitdiff.structure.report import Analysis, Fallback, MatrixReport
 from implicitdiff.structured.plan import StructuredPlan
+from implicitdiff.torch_private import clean_context
 
 Leaves = tuple[Tensor, ...]
 
@@ -121,7 +122,8 @@ def plan_for(
             *(leaf.is_floating_point() for leaf in bound.leaves),
             *(tensor.requires_grad for tensor in bound.tensors),
         )
-        return _build(trace, backward, linear_solver, shown)
+        with clean_context():  # a plan outlives the graph that is being recorded, if one is
+            return _build(trace, backward, linear_solver, shown)
 
     return _PLANS.get(problem, planned, derive)
 
@@ -142,7 +144,8 @@ def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear
     def derive() -> Plan:
         moved = tuple(replace(p, batched=flag) for p, flag in zip(theta, batched, strict=True))
         trace = replace(plan.trace, placeholders=(*plan.trace.variables, *moved))
-        return _build(trace, backward, linear_solver)
+        with clean_context():
+            return _build(trace, backward, linear_solver)
 
     return _REBATCHED.get(plan.trace, (batched, backward, linear_solver), derive)
 

@@ -5,7 +5,7 @@ here alone. Written against torch 2.13; the same names exist in 2.6. Next file t
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
     "DataDependentOutputException",
@@ -26,14 +32,19 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "autocast_enabled",
+    "below_autograd",
     "clean_context",
     "compiled_functions_inlined",
     "current_graph",
+    "eager_context",
     "first_entry",
     "grad_batched_level",
     "has_tangent",
     "is_fake",
     "is_grad_batched",
+    "is_recorded",
+    "is_traced",
     "is_wrapped",
     "lower_grad_batched",
     "make_fx",
@@ -41,7 +52,9 @@ __all__ = [
     "pytree",
     "raise_grad_batched",
     "tangent_free",
+    "transforms_active",
     "values_are_readable",
+    "without_autocast",
     "without_saved_tensor_hooks",
 ]
 
@@ -82,6 +95,21 @@ def current_graph() -> torch.fx.Graph | None:
     return graph if isinstance(graph, torch.fx.Graph) else None
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for the device; False where the device knows none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Operators called in the body keep the dtypes of their tensors."""
+    # Entered only where there is something to switch off: recorders write it into their graphs.
+    return (
+        torch.autocast(device_type, enabled=False)
+        if autocast_enabled(device_type)
+        else contextlib.nullcontext()
+    )
+
+
 def values_are_readable() -> bool:
     """Whether eager code runs; while make_fx or torch.compile records, reading a value would break it."""
     return get_proxy_mode() is None and not torch.compiler.is_compiling()
@@ -95,6 +123,49 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether the tensor has a shape but no data: on the meta device, or a fake tensor."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+_GRAPHS = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
+_CHECKPOINTS = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
+
+def is_traced(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the tensors have no data, or operators on them are being written into a graph."""
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor | FunctionalTensor) for tensor in tensors):
+        return True
+    return any(isinstance(mode, _GRAPHS) for mode in _get_current_dispatch_mode_stack())
+
+
+def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether something looks at the operators called: a graph (``is_traced``), or selective checkpointing."""
+    if is_traced(tensors):
+        return True
+    return any(isinstance(mode, _CHECKPOINTS) for mode in _get_current_dispatch_mode_stack())
+
+
+def transforms_active() -> bool:
+    """Whether code runs inside a torch.func transform."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Operators called in the body go past their autograd kernels."""
+    guard: contextlib.AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return guard
+
+
+# What is switched on and off where nothing else is going on.
+_EAGER_KEYS = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+
+
+@contextlib.contextmanager
+def eager_context() -> Iterator[None]:
+    """Run the body of an operator's kernel as plain eager code.
+
+    Inside a kernel torch has switched autograd off for good, and torch.func would differentiate constants.
+    """
+    with clean_context(), torch._C._ForceDispatchKeyGuard(*_EAGER_KEYS):
+        yield
 
 
 @contextlib.contextmanager

@@ -18,9 +18,19 @@ from torch import Tensor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
-from implicitdiff.torch_private import without_saved_tensor_hooks
+from implicitdiff.torch_private import without_autocast, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
+
+
+class Forward(Protocol):
+    """The forward of a call."""
+
+    def __call__(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
+        """Solve on plain tensors, from initial leaves or None."""
+
+    def handle(self, call: Call) -> int:
+        """The number of the call in `autograd.opaque.CALLS`."""
 
 
 class Solved(Protocol):
@@ -46,7 +56,7 @@ class Call:
         plan: the plan that the backward uses, for the flags `batched`.
         batched: for each theta, whether it carries the batch axis.
         batch: B.
-        solve: the forward, (call, theta, initial leaves or None) -> what `Solved` says. It sees plain tensors only.
+        solve: the forward. It sees plain tensors only.
         on_failure: the policy for samples without a solution or without a derivative.
         name: the problem's class, for messages.
         backward, linear_solver: the layer's options, with which the plan was made.
@@ -58,7 +68,7 @@ class Call:
     plan: Plan
     batched: tuple[bool, ...]
     batch: int
-    solve: Callable[[Call, Leaves, Leaves | None], Solved]
+    solve: Forward
     on_failure: str
     name: str
     backward: str = "auto"
@@ -80,6 +90,10 @@ class Call:
     def multipliers(self) -> int:
         """The number of leaves of lam."""
         return self.lagrangian.multipliers
+
+    def handle(self) -> int:
+        """The number that stands for the call in a recorded graph."""
+        return self.solve.handle(self)
 
     def split_point(self, tensors: Sequence[Tensor]) -> tuple[Leaves, Leaves, Leaves]:
         """(u, lam, theta) from their concatenation."""
@@ -155,7 +169,7 @@ def undisturbed(like: Tensor) -> Iterator[None]:
     Inside an autocast region a matrix product of a backward pass would run in bfloat16; under checkpointing
     torch.func would refuse to run.
     """
-    with torch.autocast(like.device.type, enabled=False), without_saved_tensor_hooks():
+    with without_autocast(like.device.type), without_saved_tensor_hooks():
         yield
 
 

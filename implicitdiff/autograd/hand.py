@@ -5,12 +5,14 @@ In: u, its cotangent and theta. Out: one gradient per theta, by the problem's ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from implicitdiff.autograd.call import Call, fold, unfold
+from implicitdiff.autograd.opaque import Flags, OpaqueStep
 from implicitdiff.errors import NotSupportedYetError, ProblemDefinitionError
 
 
@@ -25,23 +27,7 @@ class HandVjp(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, needs: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the hook; a gradient that it does not give and that is needed is an error, not a zero."""
-        count = call.variables
-        theta = tensors[2 * count :]
-        if call.vjp is None:
-            raise AssertionError("no hand-written vjp in this call")
-        grads = call.vjp(call, tensors[:count], tensors[count : 2 * count], theta)
-        trace = call.plan.trace
-        names = [placeholder.name for placeholder in (*trace.inputs, *trace.tensors)]
-        missing = [n for n, grad, need in zip(names, grads, needs, strict=True) if need and grad is None]
-        if missing:
-            raise ProblemDefinitionError(
-                f"vjp of {call.name} gives no gradient for {', '.join(missing)}, which requires one, and a zero "
-                "would be wrong: use backward='auto', or detach it"
-            )
-        return tuple(
-            torch.zeros_like(value) if grad is None else grad
-            for grad, value in zip(grads, theta, strict=True)
-        )
+        return STEP(call, needs, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,3 +84,29 @@ def _no_second(call: Call) -> NotSupportedYetError:
         f"the hand-written vjp of {call.name} has no derivative of its own, so backward='hand' has no second "
         "derivatives; use backward='auto'"
     )
+
+
+def _run(call: Call, needs: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    count = call.variables
+    u, v, theta = tuple(tensors[:count]), tuple(tensors[count : 2 * count]), tuple(tensors[2 * count :])
+    if call.vjp is None:
+        raise AssertionError("no hand-written vjp in this call")
+    grads = call.vjp(call, u, v, theta)
+    trace = call.plan.trace
+    names = [placeholder.name for placeholder in (*trace.inputs, *trace.tensors)]
+    missing = [n for n, grad, need in zip(names, grads, needs, strict=True) if need and grad is None]
+    if missing:
+        raise ProblemDefinitionError(
+            f"vjp of {call.name} gives no gradient for {', '.join(missing)}, which requires one, and a zero "
+            "would be wrong: use backward='auto', or detach it"
+        )
+    return tuple(
+        torch.zeros_like(value) if grad is None else grad for grad, value in zip(grads, theta, strict=True)
+    )
+
+
+def _shapes(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tuple(value.new_empty(value.shape) for value in tensors[2 * call.variables :])
+
+
+STEP = OpaqueStep("hand_vjp", _run, _shapes)

@@ -29,8 +29,17 @@ from implicitdiff.autograd.hand import HandVjp
 from implicitdiff.autograd.kkt import KKTSolve, unusable
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks
+from implicitdiff.autograd.opaque import CALLS, LIBRARY, Flags, OpaqueStep
 from implicitdiff.errors import NotSupportedYetError
-from implicitdiff.torch_private import has_tangent, is_wrapped, nested_forward_mode, tangent_free
+from implicitdiff.torch_private import (
+    below_autograd,
+    has_tangent,
+    is_recorded,
+    is_wrapped,
+    nested_forward_mode,
+    tangent_free,
+    transforms_active,
+)
 
 EXTRAS = 3  # status, iterations, residual
 
@@ -49,16 +58,7 @@ class ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the solver; it sees plain tensors whatever transforms are active outside."""
-        theta, start = tensors[: len(call.batched)], tensors[len(call.batched) :]
-        with undisturbed(theta[0]):
-            solved = call.solve(call, theta, start or None)
-            lam = solved.multipliers
-            if lam is None:
-                lam = call.plan.multipliers(solved.u, theta)
-        # An output that shares memory with an input would be taken for a view of it.
-        held = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-        outputs = (*solved.u, *lam, solved.status, solved.iterations, solved.residual)
-        return tuple(own(output, held) for output in outputs)
+        return SOLVE(call, (), tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,6 +92,53 @@ class ImplicitFunction(torch.autograd.Function):
         ]
         outputs = ImplicitFunction.apply(inner, *theta, *start)
         return tuple(unfold(output, size, call.batch) for output in outputs), (0,) * len(outputs)
+
+
+def _solve(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    theta, start = tuple(tensors[: len(call.batched)]), tuple(tensors[len(call.batched) :])
+    with undisturbed(theta[0]):
+        solved = call.solve(call, theta, start or None)
+        lam = solved.multipliers
+        if lam is None:
+            lam = call.plan.multipliers(solved.u, theta)
+    # An output that shares memory with an input would be taken for a view of it.
+    held = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    outputs = (*solved.u, *lam, solved.status, solved.iterations, solved.residual)
+    return tuple(own(output, held) for output in outputs)
+
+
+def _solved_shapes(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    like, trace = tensors[0], call.plan.trace
+    dtype = trace.variables[0].dtype
+    shapes = () if trace.equality is None else trace.equality.output_shapes
+    return (
+        *(like.new_empty((call.batch, *leaf.shape), dtype=leaf.dtype) for leaf in trace.variables),
+        *(like.new_empty((call.batch, *shape), dtype=dtype) for shape in shapes),
+        *(like.new_empty(call.batch, dtype=kind) for kind in (torch.int8, torch.int64, dtype)),
+    )
+
+
+SOLVE = OpaqueStep("solve", _solve, _solved_shapes)
+
+
+def _differentiable_solve(
+    handle: int, batch: int, flags: Flags, needs: Flags, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The operator in a graph that was exported without its derivatives: they are those of the function."""
+    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not recording and not any(has_tangent(tensor) for tensor in tensors):
+        with below_autograd():
+            found: list[Tensor] = torch.ops.implicitdiff.solve(handle, batch, flags, needs, tensors)
+            return found
+    if transforms_active():
+        raise NotSupportedYetError(
+            "an exported layer has the derivatives of plain autograd, not those of torch.func: apply grad, jacrev, jvp "
+            "and the like to the model and export the result"
+        )
+    return list(ImplicitFunction.apply(CALLS.value(handle).folded(tuple(flags), batch), *tensors))
+
+
+LIBRARY.impl(SOLVE.name, _differentiable_solve, "Autograd")
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,6 +193,16 @@ def pull_back(
     Where nothing will be differentiated again the plan's own pass does it, which may be emitted code that works in
     place. Otherwise the same formula is composed of differentiable parts: one `KKTSolve` and one pullback.
     """
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    lean = not torch.is_grad_enabled() and not any(
+        is_wrapped(tensor) or has_tangent(tensor) for tensor in (*u, *lam, *theta, *present)
+    )
+    if lean and is_recorded(u):
+        given = (cotangent is not None for cotangent in cotangents)
+        pulled = iter(PULL_BACK(call, (*needs, *given), (*u, *lam, status, *theta, *present)))
+        return tuple(
+            next(pulled) if need and floating(t) else None for need, t in zip(needs, theta, strict=True)
+        )
     v = zeros_for(cotangents, (*u, *lam))
     if call.vjp is not None:
         if any(cotangent is not None for cotangent in cotangents[len(u) :]):
@@ -154,10 +211,6 @@ def pull_back(
             )
         grads = HandVjp.apply(call, tuple(needs), *u, *v[: len(u)], *theta)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    tensors = (*u, *lam, *theta, *v)
-    lean = not torch.is_grad_enabled() and not any(
-        is_wrapped(tensor) or has_tangent(tensor) for tensor in tensors
-    )
     masks = Masks.of(call, status)
     if lean and not masks.any_failed():
         v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]
@@ -177,6 +230,31 @@ def pull_back(
     z = tuple(leaf[0] for leaf in z)
     grads = call.lagrangian.pull_inputs(inside, lam, theta, z[: len(u)], z[len(u) :], needs)
     return masks.spoil(grads, v)
+
+
+def _pull_back(call: Call, flags: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`pull_back` of tensors joined as its operator takes them; flags are those of theta, then of the cotangents."""
+    u, lam, status, rest = _saved(call, tensors)
+    count = len(call.batched)
+    theta, cotangents = rest[:count], iter(rest[count:])
+    v = [next(cotangents) if given else None for given in flags[count:]]
+    with undisturbed(u[0]):
+        grads = pull_back(call, u, lam, status, theta, v, flags[:count])
+    wanted = (
+        torch.zeros_like(t) if grad is None else grad
+        for grad, t, need in zip(grads, theta, flags, strict=False)
+        if need and floating(t)
+    )
+    return tuple(wanted)
+
+
+def _pulled_shapes(call: Call, flags: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    *_, rest = _saved(call, tensors)
+    pairs = zip(rest, flags[: len(call.batched)], strict=False)
+    return tuple(t.new_empty(t.shape) for t, need in pairs if need and floating(t))
+
+
+PULL_BACK = OpaqueStep("pull_back", _pull_back, _pulled_shapes)
 
 
 def _saved(call: Call, saved: Sequence[Tensor]) -> tuple[Leaves, Leaves, Tensor, Leaves]:

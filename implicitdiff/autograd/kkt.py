@@ -26,6 +26,7 @@ from implicitdiff.autograd.call import (
     without,
     zeros_for,
 )
+from implicitdiff.autograd.opaque import Flags, OpaqueStep
 from implicitdiff.errors import ConvergenceError, OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
@@ -49,11 +50,7 @@ class KKTSolve(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The plan's solve, with the failure policy applied."""
-        rhs, point = _parts(call, tensors)
-        with undisturbed(rhs[0]):
-            z = solve(call, *call.split_point(point), *_pair(call, rhs))
-        held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        return tuple(own(leaf, held) for leaf in (*z[0], *z[1]))
+        return STEP(call, (), tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,6 +89,21 @@ class KKTSolve(torch.autograd.Function):
         merged = [fold(value, dim, size, 1) for value, dim in zip(rhs, rhs_dims, strict=True)]
         z = KKTSolve.apply(inner, *merged, *here, *theta)
         return tuple(unfold(leaf, size, call.batch, 1) for leaf in z), (1,) * count
+
+
+def _solve(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    rhs, point = _parts(call, tensors)
+    with undisturbed(rhs[0]):
+        z = solve(call, *call.split_point(point), *_pair(call, rhs))
+    held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return tuple(own(leaf, held) for leaf in (*z[0], *z[1]))
+
+
+def _solved_shapes(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tuple(side.new_empty(side.shape) for side in _parts(call, tensors)[0])
+
+
+STEP = OpaqueStep("kkt_solve", _solve, _solved_shapes)
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -107,7 +107,7 @@ def record(problem: Problem, hook: str, arguments: Arguments, check: Check) -> t
 def run_on_shapes(problem: Problem, hook: str, arguments: Arguments) -> Any:
     """What a hook returns on fake tensors, without a graph; used for ``init``, which may do as it likes."""
     try:
-        with torch.no_grad(), clean_context(), FakeTensorMode(allow_non_fake_inputs=True):
+        with clean_context(), FakeTensorMode(allow_non_fake_inputs=True):
             return arguments.call(problem, hook, arguments.fakes())
     except ImplicitDiffError:
         raise

@@ -15,8 +15,9 @@ import torch
 
 from implicitdiff.errors import FallbackWarning
 from implicitdiff.inputs import InDims
-from implicitdiff.layer.prepare import Options, Prepared, prepare
-from implicitdiff.layer.unrolled import run_unrolled
+from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.recorded import solution_in_graph
+from implicitdiff.layer.run import run
 from implicitdiff.problem import Problem, Solution, require_problem
 
 
@@ -102,8 +103,9 @@ class DeclarativeLayer(torch.nn.Module):
         Raises:
             ImplicitDiffError: one of its children says what is wrong, where, and how to mend it.
         """
-        prepared = prepare(self.problem, inputs, self.options, init)
-        return _run(prepared, with_value=False).u
+        if torch.compiler.is_compiling():
+            return solution_in_graph(self.problem, self.options, inputs, init, with_value=False).u
+        return run(prepare(self.problem, inputs, self.options, init), with_value=False).u
 
     def solve(self, *inputs: Any, init: Any = None) -> Solution:
         """The same as calling the layer, with everything known about the solution.
@@ -115,7 +117,9 @@ class DeclarativeLayer(torch.nn.Module):
         Returns:
             Solution: u, the multipliers (lambda' A = D_u f) and the value are differentiable.
         """
-        return _run(prepare(self.problem, inputs, self.options, init), with_value=True)
+        if torch.compiler.is_compiling():
+            return solution_in_graph(self.problem, self.options, inputs, init, with_value=True)
+        return run(prepare(self.problem, inputs, self.options, init), with_value=True)
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
@@ -161,15 +165,10 @@ def solve(
         on_failure=on_failure,
         optimality_tol=optimality_tol,
     )
+    if torch.compiler.is_compiling():
+        return solution_in_graph(problem, options, inputs, init, with_value=True)
     options.check(require_problem(problem))
-    return _run(prepare(problem, inputs, options, init), with_value=True)
-
-
-def _run(prepared: Prepared, *, with_value: bool) -> Solution:
-    with torch.autocast(prepared.bound.device.type, enabled=False):
-        outputs = run_unrolled(prepared) if prepared.options.backward == "unrolled" else prepared.apply()
-        value = prepared.value(outputs.u) if with_value else None
-        return prepared.solution(outputs, value)
+    return run(prepare(problem, inputs, options, init), with_value=True)
 
 
 def _warn_that_it_runs_eagerly() -> None:

@@ -7,6 +7,7 @@ user's structures. Next: `autograd/implicit.py`, which it applies.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,10 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitdiff.attributes import Reachable, scan
 from implicitdiff.autograd import Call, ImplicitFunction
 from implicitdiff.autograd.call import Solved
-from implicitdiff.errors import InputError, OptionError, ProblemDefinitionError, SolutionError
+from implicitdiff.autograd.opaque import CALLS, CAPTURED
+from implicitdiff.errors import (
+    InputError,
+    OptionError,
+    ProblemDefinitionError,
+    SolutionError,
+    StaleGraphError,
+)
 from implicitdiff.failures import validate_policy
+from implicitdiff.graph.skeleton import skeleton
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind, check_finite
 from implicitdiff.layer.discover import solved_example
@@ -28,7 +38,7 @@ from implicitdiff.plan import Plan, check_options, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import flatten_like, unflatten
 from implicitdiff.records import open_records
-from implicitdiff.torch_private import without_saved_tensor_hooks
+from implicitdiff.torch_private import autocast_enabled, is_recorded, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -88,15 +98,23 @@ class Forward:
         bound: structure and names of the inputs; without the inputs themselves.
         options: the layer's.
         plan: the plan of the forward, for the flags that the call had when it was made.
+        stale: for a call out of a recorded graph, whether the problem has changed since it was recorded.
     """
 
     problem: Problem
     bound: Bound
     options: Options
     plan: Plan
+    stale: bool = False
 
     def __call__(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
         """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the batch)."""
+        if self.stale:
+            raise StaleGraphError(
+                f"an attribute of {type(self.problem).__name__} has changed since this graph was compiled or "
+                "exported, and the graph has its old value inside: compile it anew after torch.compiler.reset(), or "
+                "make the attribute a tensor, whose values are never kept"
+            )
         if not self.bound.checked:
             count = len(self.bound.names)
             check_finite(self.bound.names, theta[:count], call.batched[:count])
@@ -115,6 +133,21 @@ class Forward:
         )
         return _filled(found, options.on_failure)
 
+    def handle(self, call: Call) -> int:
+        """The number of the call; its entry holds no more of the problem than a weak reference."""
+        owner, options = weakref.ref(self.problem), self.options
+        # What a recorder had in the place of tensors and sizes is of no use when the graph runs.
+        bound = replace(self.bound, tensors=(), batch=0)
+        plan, forward_plan, batched = call.plan, self.plan, call.batched
+
+        def make() -> Call:
+            problem = owner()
+            if problem is None:
+                raise AssertionError("numbers are dropped with their owner")
+            return _call(problem, bound, options, plan, forward_plan, batched, scan(problem))
+
+        return CALLS.number(self.problem, (id(plan), id(forward_plan), repr(options)), make)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -129,6 +162,8 @@ class Prepared:
         theta: inputs, tensors of the problem, captured tensors.
         start: leaves (B, *shape) of a warm start, or None.
         restore: the dtype that outputs are cast back to (under autocast), or None.
+        twin: while a graph is recorded, the problem with the graph's tensors in it: for hooks whose operations are
+            recorded too.
     """
 
     problem: Problem
@@ -139,6 +174,12 @@ class Prepared:
     theta: Leaves
     start: Leaves | None
     restore: torch.dtype | None
+    twin: Problem | None = None
+
+    @property
+    def hooks(self) -> Problem:
+        """The problem whose hooks autograd may look into."""
+        return self.problem if self.twin is None else self.twin
 
     @property
     def batched(self) -> tuple[bool, ...]:
@@ -147,22 +188,7 @@ class Prepared:
 
     def call(self) -> Call:
         """What autograd's functions need to know."""
-        hand = self.options.backward == "hand"
-        # Autograd keeps the call. It must not keep the inputs too: those go through save_for_backward alone, so that
-        # checkpointing and the like can drop them.
-        bound = replace(self.bound, leaves=())
-        return Call(
-            plan=self.plan,
-            batched=self.batched,
-            batch=self.bound.batch,
-            solve=Forward(self.problem, bound, self.options, self.forward_plan),
-            on_failure=self.options.on_failure,
-            name=type(self.problem).__name__,
-            backward=self.options.backward,
-            linear_solver=self.options.linear_solver,
-            records=open_records(),
-            vjp=hand_vjp(self.problem, bound, self.plan.trace) if hand else None,
-        )
+        return _call(self.problem, self.bound, self.options, self.plan, self.forward_plan, self.batched)
 
     def apply(self) -> Outputs:
         """Run the call through autograd's function."""
@@ -197,7 +223,41 @@ class Prepared:
         return leaf[0] if self.bound.unbatched else leaf
 
 
-def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any = None) -> Prepared:
+def _call(
+    problem: Problem,
+    bound: Bound,
+    options: Options,
+    plan: Plan,
+    forward_plan: Plan,
+    batched: tuple[bool, ...],
+    now: Reachable | None = None,
+) -> Call:
+    """The call of a plan; `now` is what the problem holds now, where that may differ from what was bound."""
+    # Autograd keeps the call. It must not keep the inputs too: those go through save_for_backward alone, so that
+    # checkpointing and the like can drop them.
+    bound = replace(bound, leaves=(), tensors=bound.tensors if now is None else now.tensors)
+    stale = now is not None and now.signature != bound.problem_signature
+    return Call(
+        plan=plan,
+        batched=batched,
+        batch=bound.batch,
+        solve=Forward(problem, bound, options, forward_plan, stale),
+        on_failure=options.on_failure,
+        name=type(problem).__name__,
+        backward=options.backward,
+        linear_solver=options.linear_solver,
+        records=open_records(),
+        vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
+    )
+
+
+def prepare(
+    problem: Problem,
+    inputs: Sequence[Any],
+    options: Options,
+    init: Any = None,
+    tensors: Leaves | None = None,
+) -> Prepared:
     """Bind the inputs of one call and find its plan.
 
     Args:
@@ -205,6 +265,7 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
         inputs: the user's inputs.
         options: checked options.
         init: the user's warm start, or None.
+        tensors: what stands for the tensors of the problem in the graph that is being recorded, or None.
 
     Returns:
         The prepared call. Costs what binding costs; the plan comes from the cache after the first call of a signature.
@@ -231,8 +292,19 @@ def prepare(problem: Problem, inputs: Sequence[Any], options: Options, init: Any
         plan = forward_plan = _plan(problem, bound, example, options, options.backward)
         if options.backward == "approximate":
             forward_plan = _plan(problem, bound, example, options, "auto")
+    twin = None
+    if tensors is not None:
+        twin = skeleton(problem, {id(a): b for a, b in zip(bound.tensors, tensors, strict=True)})
+        bound = replace(bound, tensors=tensors)
     start = None if init is None else _start(init, example, bound, type(problem).__name__)
-    return Prepared(problem, bound, options, plan, forward_plan, plan.trace.theta(bound), start, restore)
+    prepared = Prepared(
+        problem, bound, options, plan, forward_plan, plan.trace.theta(bound), start, restore, twin
+    )
+    captured = len(plan.trace.captured)
+    if not captured or not is_recorded(bound.leaves):
+        return prepared
+    constants = CAPTURED(prepared.call(), (), bound.leaves[:1])
+    return replace(prepared, theta=(*prepared.theta[:-captured], *constants))
 
 
 def _plan(problem: Problem, bound: Bound, example: Example, options: Options, backward: str) -> Plan:
@@ -249,7 +321,7 @@ def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype
     """
     leaves, spec = torch.utils._pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not tensors or not torch.is_autocast_enabled(tensors[0].device.type):
+    if not tensors or not autocast_enabled(tensors[0].device.type):
         return tuple(inputs), None
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes == {torch.float64}:

@@ -22,7 +22,7 @@ from implicitdiff.optimality import check, tolerance
 from implicitdiff.problem import Solution
 from implicitdiff.pytrees import flatten_like
 from implicitdiff.status import Status
-from implicitdiff.torch_private import has_tangent, is_wrapped, without_saved_tensor_hooks
+from implicitdiff.torch_private import has_tangent, is_traced, is_wrapped, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 
@@ -41,8 +41,9 @@ def run_unrolled(prepared: Prepared) -> Outputs:
     place, each built of differentiable parts.
 
     Returns:
-        The outputs. The multipliers after a `solve` follow u by one solve with K (see `_multipliers`). Inside vmap or
-        grad the result is not checked for optimality (status OK, residual NaN), since values cannot be read there.
+        The outputs. The multipliers after a `solve` follow u by one solve with K (see `_multipliers`). Inside vmap,
+        grad or a graph that is being recorded the result is not checked for optimality (status OK, residual NaN),
+        since values cannot be read there.
 
     Raises:
         UnrollError: `solve` is not all torch and there is no `init` to start from.
@@ -77,7 +78,7 @@ def run_unrolled(prepared: Prepared) -> Outputs:
 
 def _solve_with_history(prepared: Prepared) -> Leaves | None:
     """What `solve` returns, or None where an input needs a gradient and the result has no history."""
-    found: Any = prepared.problem.solve(*prepared.bound.expanded())
+    found: Any = prepared.hooks.solve(*prepared.bound.expanded())
     tree = found.u if isinstance(found, Solution) else found
     name = f"solve of {type(prepared.problem).__name__}"
     leaves = flatten_like(tree, prepared.plan.trace.variable_spec, name)
@@ -93,7 +94,7 @@ def _start(prepared: Prepared) -> Leaves:
         return prepared.start
     bound, spec = prepared.bound, prepared.plan.trace.variable_spec
     what = f"init of {type(prepared.problem).__name__}"
-    rows = [flatten_like(prepared.problem.init(*bound.sample(i)), spec, what) for i in range(bound.batch)]
+    rows = [flatten_like(prepared.hooks.init(*bound.sample(i)), spec, what) for i in range(bound.batch)]
     return tuple(torch.stack(leaves) for leaves in zip(*rows, strict=True))
 
 
@@ -144,7 +145,7 @@ def _judged(prepared: Prepared, u: Leaves, lam: Leaves | None, steps: int) -> Ou
     status = torch.full((prepared.bound.batch,), Status.OK.value, dtype=torch.int8, device=u[0].device)
     iterations = torch.full_like(status, steps, dtype=torch.int64)
     residual = torch.full_like(status, torch.nan, dtype=u[0].dtype)
-    if any(is_wrapped(tensor) for tensor in (*u, *theta)):
+    if is_traced(u) or any(is_wrapped(tensor) for tensor in (*u, *theta)):
         return Outputs(
             u, _multipliers(prepared, u, None) if lam is None else lam, status, iterations, residual
         )

@@ -22,6 +22,7 @@ from implicitdiff.optimizers.returned import Proposal, check_start
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Problem
 from implicitdiff.status import Status
+from implicitdiff.torch_private import without_autocast
 
 Leaves = tuple[Tensor, ...]
 
@@ -85,7 +86,7 @@ def solve_forward(
         NotOptimalError, InfeasibleError, ConvergenceError: Under on_failure="raise", naming samples.
     """
     policy = validate_policy(on_failure)
-    with torch.no_grad(), torch.autocast(bound.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(bound.device.type):
         theta = tuple(tensor.detach() for tensor in theta)
         batch = batch_of(plan, theta)
         allowed = tolerance(plan.trace.variables[0].dtype, tol)
