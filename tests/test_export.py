@@ -1,4 +1,4 @@
-"""torch.export, make_fx, tensors without data, and selective checkpointing: whatever looks at operators, not at values."""
+"""torch.export, make_fx, tensors without data, selective checkpointing: what looks at operators, not at values."""
 
 import functools
 import gc
@@ -92,7 +92,7 @@ def test_an_exported_layer_refuses_what_would_be_silently_zero():
     layer = idf.DeclarativeLayer(Quartic(), in_dims=(0, None))
     module = exported(layer).module()
     x, a = (tensor.detach() for tensor in quartic_inputs())
-    with pytest.raises(idf.NotSupportedYetError, match="torch.func"):
+    with pytest.raises(idf.NotSupportedYetError, match=r"torch\.func"):
         torch.func.jvp(lambda x: module(x, a), (x,), (x * x,))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x * x)
