@@ -18,6 +18,7 @@ from implicitdiff.operators import (
     ScaledIdentity,
     Zero,
 )
+from tests.operator_bands import banded
 from tests.operator_draws import Draw, Row, Twin, array, batched
 from tests.operator_grids import (
     chain_of_corners,
@@ -163,6 +164,23 @@ TABLE: tuple[Row, ...] = (
     Row("a single block", block_diagonal((2, 2), ())),
     Row("indefinite blocks", block_diagonal((2, 3), (0,), definite=False)),
     Row("unsymmetric blocks", block_diagonal((3, 2), (1,), definite=False, symmetric=False)),
+    Row("tridiagonal", banded((7,), 0, (), 1, 1)),
+    Row("tridiagonal down the columns", banded((5, 3), 0, (1,), 1, 1)),
+    Row("tridiagonal, two chain axes, reversed", banded((2, 4, 3), 1, (2, 0), 1, 1)),
+    Row("tridiagonal, indefinite", banded((4, 2), 0, (1,), 1, 1, "indefinite")),
+    Row("tridiagonal, unsymmetric", banded((2, 5), 1, (0,), 1, 1, "unsymmetric")),
+    Row("block tridiagonal", banded((5, 2), 0, (), 1, 1)),
+    Row("block tridiagonal, chains in front", banded((2, 3, 2), 2, (0,), 1, 1)),
+    Row("block tridiagonal, unsymmetric", banded((2, 4), 1, (), 1, 1, "unsymmetric")),
+    Row("a chain of one place", banded((1, 3), 0, (), 1, 1)),
+    Row("a band of width 0", banded((3, 2), 0, (), 0, 0)),
+    Row("half-width 2", banded((7,), 0, (), 2, 2)),
+    Row("half-width 2 down the columns", banded((6, 2), 0, (1,), 2, 2)),
+    Row("half-width 3 of blocks", banded((2, 5), 1, (), 3, 3)),
+    Row("half-width beyond the chain", banded((2, 3), 1, (0,), 4, 4)),
+    Row("half-width 2, indefinite", banded((6,), 0, (), 2, 2, "indefinite")),
+    Row("a wider band below, unsymmetric", banded((5, 2), 0, (1,), 2, 1, "unsymmetric")),
+    Row("differences along a chain", banded((5, 2), 0, (1,), 1, 1, "singular"), singular=True),
     Row("low rank", low_rank(6, 2, "positive")),
     Row("low rank, weights of both signs", low_rank(6, 3, "mixed")),
     Row("low rank, some weights zero", low_rank(6, 4, "some zero")),

@@ -9,6 +9,7 @@ import torch
 from implicitdiff import operators
 from implicitdiff.errors import StructureError
 from implicitdiff.operators import (
+    Banded,
     Block,
     BlockDiagonal,
     Dense,
@@ -53,7 +54,8 @@ def test_every_exported_operator_has_a_row() -> None:
 def test_kinds_are_the_words_of_the_contract() -> None:
     kinds = {type(row.build(Draw(1))[0]).kind for row in TABLE}
     assert kinds == set(
-        "zero scaled-identity diagonal block-diagonal low-rank-plus-diagonal block dense matrix-free".split()
+        "zero scaled-identity diagonal block-diagonal banded low-rank-plus-diagonal block dense "
+        "matrix-free".split()
     )
 
 
@@ -171,6 +173,17 @@ D3, D2 = Diagonal(torch.ones(2, 3)), Diagonal(torch.ones(2, 2))
         ),
         (lambda: BlockDiagonal(torch.ones(1, 2, 2, 2), (2, 2), (2,)), ["block_axes", "(2,)"]),
         (lambda: BlockDiagonal(torch.ones(1, 4, 1, 1), (2, 2), (0, 0)), ["block_axes", "(0, 0)"]),
+        (lambda: Banded(torch.ones(1, 2, 3, 4, 1, 1), (4, 3), 0, (1,), 1, 1), ["banded", "3, 3, 4, 1, 1"]),
+        (lambda: Banded(torch.ones(1, 1, 3, 4, 3, 3), (4, 3), 2, (), 1, 1), ["band_axis 2", "(4, 3)"]),
+        (
+            lambda: Banded(torch.ones(1, 4, 3, 4, 3, 3), (4, 3), 0, (0,), 1, 1),
+            ["group_axes (0,)", "different"],
+        ),
+        (
+            lambda: Banded(torch.ones(1, 3, 2, 4, 1, 1), (4, 3), 0, (1,), 1, 0),
+            ["lower 1", "upper 0", "symmetric"],
+        ),
+        (lambda: Banded(torch.ones(1, 3, 1, 4, 1, 1), (4, 3), 0, (1,), -1, 1, False), ["lower -1"]),
         (
             lambda: LowRankPlusDiagonal(torch.ones(2, 4), torch.ones(2, 3, 1), torch.ones(2, 1)),
             ["diagonal", "(2, 4)", "3"],

@@ -4,6 +4,7 @@ In: tensors with the batch axis first. Out: the kinds of the contract, each a fr
 transpose and to_dense. The package ``solvers`` inverts them. Start reading at ``base.py``.
 """
 
+from implicitdiff.operators.banded import Banded
 from implicitdiff.operators.base import LinearOperator
 from implicitdiff.operators.block import Block
 from implicitdiff.operators.block_diagonal import BlockDiagonal
@@ -16,6 +17,7 @@ from implicitdiff.operators.scaled_identity import ScaledIdentity
 from implicitdiff.operators.zero import Zero
 
 __all__ = [
+    "Banded",
     "Block",
     "BlockDiagonal",
     "Dense",

@@ -1,7 +1,7 @@
 """A block-diagonal matrix: groups of variables that are coupled only among themselves.
 
 In: one s x s block for each group, and the axes of the variable that number the groups. Out:
-``BlockDiagonal``. Next file: ``low_rank.py``.
+``BlockDiagonal``. Next file: ``banded.py``.
 """
 
 import math
