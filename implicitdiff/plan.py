@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives.autodiff import ApproximatePlan, AutodiffPlan
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
 from implicitdiff.errors import OptionError
@@ -69,9 +70,15 @@ class Plan(Protocol):
                   shift: Tensor | None = None) -> tuple[Leaves, Leaves, Tensor]:  # fmt: skip
         """(w, s, status): K^-1 rhs for right-hand sides (R, B, *shape); `shift` (B,) adds shift * I to H."""
 
-    def vjp(self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
-            ) -> tuple[tuple[Tensor | None, ...], Tensor]:  # fmt: skip
-        """(a gradient per theta or None, status): the backward pass. Not differentiable, may work in place."""
+    def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
+        """The same in two steps, for solves that come one after the other: factor K now, solve as often as needed."""
+
+    def vjp(self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool],
+            factor: KKTFactor | None = None) -> tuple[tuple[Tensor | None, ...], Tensor]:  # fmt: skip
+        """(a gradient per theta or None, status): the backward pass. Not differentiable, may work in place.
+
+        `factor` is what `kkt_factor` of this plan gave at this point, if something did.
+        """
 
     def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
         """H = D_uu L."""

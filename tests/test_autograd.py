@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from implicitdiff.autograd import ImplicitFunction, KKTSolve
+from implicitdiff.derivatives.factor import FactoredBy
 from implicitdiff.layer import DeclarativeLayer
 from implicitdiff.layer.prepare import Options, prepare
 from tests.oracles import dense_vjp, relative_error
@@ -246,19 +247,25 @@ def test_right_hand_sides_alone_under_vmap_share_one_factorisation() -> None:
     call = prepared.call()
     *point, _, _, _ = (output.detach() for output in ImplicitFunction.apply(call, x))
     rows: list[int] = []
-    solve = call.plan.kkt_solve
+    factor = call.plan.kkt_factor
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        rows.append(args[3][0].shape[0])
-        return solve(*args, **kwargs)
+    def counted(*given: Any) -> FactoredBy:
+        made = factor(*given)
 
-    call.plan.kkt_solve = counted
+        def solve(rhs_u: Any, rhs_h: Any) -> Any:
+            rows.append(rhs_u[0].shape[0])
+            return made.solve(rhs_u, rhs_h)
+
+        return FactoredBy(solve)
+
+    call.plan.kkt_factor = counted
     try:
         rhs = draw(5, 1, 2, 3, seed=6).detach()
         below = torch.zeros(1, 2, dtype=torch.float64)
         w, s = vmap(lambda r: KKTSolve.apply(call, r, below, *point, x.detach()))(rhs)
     finally:
-        del call.plan.kkt_solve
+        del call.plan.kkt_factor
+        call = prepared.call()
     assert rows == [5]
     for i in range(5):
         one_w, one_s = KKTSolve.apply(call, rhs[i], below, *point, x.detach())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from implicitdiff.derivatives.kkt import solve_symmetric
+from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.derivatives.matrixfree import minres
 from implicitdiff.status import Status
 
@@ -16,6 +16,18 @@ def kkt(m: int, rows: Tensor, seed: int, hessian: float = 1.0) -> Tensor:
     square = torch.randn(m, m, generator=generator, dtype=torch.float64)
     top = torch.cat([hessian * (square + square.T), -rows.T], 1)
     return torch.cat([top, torch.cat([-rows, rows.new_zeros(len(rows), len(rows))], 1)])
+
+
+def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor, Tensor]:
+    """K^-1 rhs by the first solve of a factorisation; a later one, after other right-hand sides, must agree."""
+    factored = SymmetricKKT(matrix, variables)
+    factored.solve(torch.cos(torch.arange(rhs.numel(), dtype=rhs.dtype)).reshape(rhs.shape)[..., :1])
+    later, again = factored.solve(rhs)
+    first, status = SymmetricKKT(matrix, variables).solve(rhs)
+    assert torch.equal(status, again)
+    close = {torch.float32: 1e-4, torch.float64: 1e-9}[rhs.dtype]
+    torch.testing.assert_close(later, first, rtol=close, atol=1e-13, equal_nan=True)
+    return first, status
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from implicitdiff.autograd.shared import SharedFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
@@ -63,6 +64,7 @@ class Call:
         records: the records open at the forward; the backward may run in another thread.
         vjp: the hand-written gradient, (call, u, v, theta) -> one gradient per theta or None; None for the automatic
             one.
+        factors: what the solves of this call share, also after folding.
     """
 
     plan: Plan
@@ -75,6 +77,7 @@ class Call:
     linear_solver: str = "auto"
     records: tuple[Record, ...] = ()
     vjp: Callable[[Call, Leaves, Leaves, Leaves], tuple[Tensor | None, ...]] | None = None
+    factors: SharedFactor = field(default_factory=SharedFactor, compare=False, repr=False)
 
     @property
     def lagrangian(self) -> Lagrangian:

@@ -214,7 +214,8 @@ def pull_back(
     masks = Masks.of(call, status)
     if lean and not masks.any_failed():
         v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]
-        found, quality = call.plan.vjp(u, lam, theta, v[: len(u)], v_lam, needs)
+        factor = call.factors.find(call.plan, u, lam, theta)  # of a derivative of this one, if there was any
+        found, quality = call.plan.vjp(u, lam, theta, v[: len(u)], v_lam, needs, factor)
         if not bool(unusable(quality).any()):
             return found
     if lean and masks.all_failed():

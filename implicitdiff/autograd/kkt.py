@@ -49,7 +49,7 @@ class KKTSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The plan's solve, with the failure policy applied."""
+        """The plan's solve, with the failure policy applied; its factorisation is kept for the derivatives."""
         return STEP(call, (), tensors)
 
     @staticmethod
@@ -94,7 +94,7 @@ class KKTSolve(torch.autograd.Function):
 def _solve(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     rhs, point = _parts(call, tensors)
     with undisturbed(rhs[0]):
-        z = solve(call, *call.split_point(point), *_pair(call, rhs))
+        z = solve(call, *call.split_point(point), *_pair(call, rhs), keep=True)
     held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     return tuple(own(leaf, held) for leaf in (*z[0], *z[1]))
 
@@ -155,17 +155,29 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def solve(
-    call: Call, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves
+    call: Call,
+    u: Leaves,
+    lam: Leaves,
+    theta: Leaves,
+    rhs_u: Leaves,
+    rhs_h: Leaves,
+    *,
+    keep: bool = False,
 ) -> tuple[Leaves, Leaves]:
     """K^-1 rhs by the plan, plain tensors in and out, with `on_failure` applied to the samples that have no answer.
 
-    A sample whose right-hand sides are exactly 0 has the answer 0 on every solver and is never a failure.
+    A sample whose right-hand sides are exactly 0 has the answer 0 on every solver and is never a failure. The
+    factorisation that the call has of this very point is used; `keep` leaves one behind.
 
     Raises:
         SingularError: under "raise" (and under "damp" when no damping helps).
         ConvergenceError: likewise, when an iterative solver did not reach its tolerance.
     """
-    w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+    factor = (call.factors.at if keep else call.factors.find)(call.plan, u, lam, theta)
+    if factor is None:
+        w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+    else:
+        w, s, status = factor.solve(rhs_u, rhs_h)
     idle = _idle((*rhs_u, *rhs_h))
     saddles = torch.nonzero((status == Status.INDEFINITE) & ~idle)[:, 0].tolist()
     if saddles:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives import flat
-from implicitdiff.derivatives.kkt import solve_symmetric
+from implicitdiff.derivatives.factor import FactoredBy, KKTFactor, Solution
+from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.derivatives.lagrangian import Lagrangian, Leaves, pullback
 from implicitdiff.derivatives.stationarity import Stationarity
 from implicitdiff.graph.trace import Trace
@@ -163,33 +164,54 @@ class AutodiffPlan:
 
     # The solves
 
-    def kkt_solve(
-        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
-    ) -> tuple[Leaves, Leaves, Tensor]:
-        """(w, s) = K^-1 rhs for right-hand sides (R, B, *shape); of minimum norm where constraints are dependent.
+    def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
+        """K formed; its solutions are of minimum norm where constraints are dependent.
 
         Entries of u that underflowed to the edge of the domain do not move: their rows and columns are those of the
         identity, their w is 0.
         """
         inside, fixed = self._inside(u, lam, theta)
         matrix = self.kkt_matrix(inside, lam, theta, shift)
-        columns = flat.join((*rhs_u, *rhs_h), 2).permute(1, 2, 0)
         if fixed is not None:
             identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
             matrix = torch.where(fixed[:, :, None] | fixed[:, None, :], identity, matrix)
-            columns = torch.where(fixed[:, :, None], 0.0, columns)
-        z, status = solve_symmetric(matrix, columns, self.size)
-        leaves = flat.split(z.permute(2, 0, 1), (*self.variable_shapes, *self.constraint_shapes))
-        return leaves[: len(u)], leaves[len(u) :], status
+        factored = SymmetricKKT(matrix, self.size)
+        count = len(u)
+
+        def solve(rhs_u: Leaves, rhs_h: Leaves) -> Solution:
+            columns = flat.join((*rhs_u, *rhs_h), 2).permute(1, 2, 0)
+            if fixed is not None:
+                columns = torch.where(fixed[:, :, None], 0.0, columns)
+            z, status = factored.solve(columns)
+            leaves = flat.split(z.permute(2, 0, 1), (*self.variable_shapes, *self.constraint_shapes))
+            return leaves[:count], leaves[count:], status
+
+        return FactoredBy(solve)
+
+    def kkt_solve(
+        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
+    ) -> Solution:
+        """(w, s, status): K^-1 rhs for right-hand sides (R, B, *shape); see `kkt_factor`."""
+        return self.kkt_factor(u, lam, theta, shift).solve(rhs_u, rhs_h)
 
     def vjp(
-        self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
+        self,
+        u: Leaves,
+        lam: Leaves,
+        theta: Leaves,
+        v_u: Leaves,
+        v_lam: Leaves | None,
+        needs: Sequence[bool],
+        factor: KKTFactor | None = None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """The gradients in theta: K (w, s) = -(v_u, v_lam), then one pullback of <D_u L, w> - <h, s>."""
         if v_lam is None:
             v_lam = tuple(torch.zeros_like(leaf) for leaf in lam)
         rhs_u, rhs_h = tuple(-v[None] for v in v_u), tuple(-v[None] for v in v_lam)
-        w, s, status = self.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+        if factor is None:
+            w, s, status = self.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+        else:
+            w, s, status = factor.solve(rhs_u, rhs_h)
         first_w, first_s = tuple(leaf[0] for leaf in w), tuple(leaf[0] for leaf in s)
         u, _ = self._inside(u, lam, theta)
         return self.lagrangian.pull_inputs(u, lam, theta, first_w, first_s, needs), status
@@ -198,21 +220,21 @@ class AutodiffPlan:
 class ApproximatePlan(AutodiffPlan):
     """The constraints ignored: K is replaced by H alone, so the gradient is B'w with H w = -v, and s = 0."""
 
-    def kkt_solve(
-        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
-    ) -> tuple[Leaves, Leaves, Tensor]:
+    def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
         """w = H^-1 rhs_u and s = 0."""
         matrix = self.hessian_matrix(u, lam, theta)
         if shift is not None:
             matrix = matrix + shift[:, None, None] * torch.eye(
                 self.size, dtype=matrix.dtype, device=matrix.device
             )
-        z, status = solve_symmetric(matrix, flat.join(rhs_u, 2).permute(1, 2, 0), self.size)
-        return (
-            flat.split(z.permute(2, 0, 1), self.variable_shapes),
-            tuple(torch.zeros_like(r) for r in rhs_h),
-            status,
-        )
+        factored = SymmetricKKT(matrix, self.size)
+
+        def solve(rhs_u: Leaves, rhs_h: Leaves) -> Solution:
+            z, status = factored.solve(flat.join(rhs_u, 2).permute(1, 2, 0))
+            w = flat.split(z.permute(2, 0, 1), self.variable_shapes)
+            return w, tuple(torch.zeros_like(r) for r in rhs_h), status
+
+        return FactoredBy(solve)
 
 
 def _largest(leaves: Sequence[Tensor]) -> Tensor:

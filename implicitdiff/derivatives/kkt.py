@@ -1,11 +1,13 @@
 """Solve the dense symmetric KKT system of a batch, telling dependent constraints from a solution that is not unique.
 
 In: K (B, N, N) and right-hand sides. Out: the solution of smallest norm and one status per sample. LU with a condition
-estimate does the regular samples; only the suspicious ones pay for an eigendecomposition. Next:
-`derivatives/autodiff.py`.
+estimate does the regular samples; only the suspicious ones pay for an eigendecomposition. The factors are kept for
+further right-hand sides. Next: `derivatives/autodiff.py`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,29 +15,74 @@ from torch import Tensor
 from implicitdiff.status import Status
 
 
-def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor, Tensor]:
-    """K z = rhs for symmetric, possibly singular K, sample by sample.
+class SymmetricKKT:
+    """A symmetric, possibly singular K, factored at the first solve and used for any number of them.
 
     K is scaled to DKD first, so that a regular K whose blocks differ by many orders of magnitude is not taken
     for a singular one. A null vector of K that lives in the multipliers alone (A'n = 0) means dependent
     constraints: the answer is the pseudo-inverse K^+ rhs, the representative of minimum norm. Any other null vector
     leaves a direction in which u is not determined: SINGULAR.
 
-    Args:
-        matrix: K, (B, N, N).
-        rhs: (B, N, R).
-        variables: m; the first m rows and columns belong to u.
-
-    Returns:
-        z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A right-hand
-        side that is exactly 0 gives exactly 0 whatever the matrix.
-
-    Cost: 2/3 N^3 a sample; about 10 N^3 more for each sample that looks singular.
+    Cost: 2/3 N^3 a sample; about 10 N^3 more for each sample that looks singular. A later solve takes 2 N^2 a
+    right-hand side. K itself is let go at the first solve.
     """
+
+    def __init__(self, matrix: Tensor, variables: int) -> None:
+        """Keep K (B, N, N); its first `variables` rows and columns belong to u."""
+        self._variables = variables
+        # Whoever reads K before the factors sees one of them in every thread: see `solve`.
+        self._matrix: Tensor | None = matrix
+        self._factors: _Factors | None = None
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """K^-1 rhs for rhs (B, N, R).
+
+        Returns:
+            z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A
+            right-hand side that is exactly 0 gives exactly 0 whatever the matrix.
+        """
+        batch, size = rhs.shape[:2]
+        if batch == 0 or size == 0:
+            return torch.zeros_like(rhs), torch.zeros(batch, dtype=torch.int8, device=rhs.device)
+        matrix, factors = self._matrix, self._factors
+        if factors is None:
+            assert matrix is not None
+            factors, solved = _factored(matrix, rhs, self._variables)
+            self._factors, self._matrix = factors, None
+        else:
+            solved = torch.linalg.lu_solve(factors.lu, factors.pivots, factors.scale[:, :, None] * rhs)
+        z = factors.scale[:, :, None] * solved
+        if factors.rescue is not None:
+            z = z.index_copy(0, factors.suspicious, factors.rescue.solve(rhs[factors.suspicious]))
+        z = torch.where(factors.finite[:, None, None], z, torch.nan)
+        return torch.where((rhs == 0).all(1, keepdim=True), 0.0, z), factors.status
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """P DKD = LU of the regular samples, with D = diag(scale), and what takes its place in the others.
+
+    Attributes:
+        lu, pivots: the factorisation.
+        scale: (B, N).
+        finite: (B,), where K is finite.
+        status: (B,) int8.
+        suspicious: the samples in which K looks singular.
+        rescue: their pseudo-inverse; None where there are none.
+    """
+
+    lu: Tensor
+    pivots: Tensor
+    scale: Tensor
+    finite: Tensor
+    status: Tensor
+    suspicious: Tensor
+    rescue: _Rescue | None
+
+
+def _factored(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[_Factors, Tensor]:
+    """The factors of K, and the scaled solution for `rhs`: the probe goes along as one more column."""
     batch, size = matrix.shape[:2]
-    status = torch.zeros(batch, dtype=torch.int8, device=matrix.device)
-    if batch == 0 or size == 0:
-        return torch.zeros_like(rhs), status
     finite = torch.isfinite(matrix).all(-1).all(-1)
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite[:, None, None], matrix, identity)
@@ -45,25 +92,20 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor
     # |K^-1 p| for a fixed p without structure tells how close to singular K is: pivots alone can miss it.
     probe = torch.cos(2.0 + 3.7 * torch.arange(size, dtype=matrix.dtype, device=matrix.device) ** 1.1)
     columns = torch.cat([scale[:, :, None] * rhs, probe[None, :, None].expand(batch, -1, 1)], dim=2)
-    factor, pivots, info = torch.linalg.lu_factor_ex(scaled)
-    solved = torch.linalg.lu_solve(factor, pivots, columns)
-    z = scale[:, :, None] * solved[:, :, :-1]
+    lu, pivots, info = torch.linalg.lu_factor_ex(scaled)
+    solved = torch.linalg.lu_solve(lu, pivots, columns)
     growth = solved[:, :, -1].abs().amax(1)
     regular = (info == 0) & (growth < 1 / _rank_tolerance(matrix))
     suspicious = torch.nonzero(~regular)[:, 0]
+    status = torch.zeros(batch, dtype=torch.int8, device=matrix.device)
+    rescue = None
     if len(suspicious):
-        least, singular = _pseudo_solve(scaled[suspicious], scale[suspicious], rhs[suspicious], variables)
-        if bool(singular.any()):
-            left = suspicious[singular]
-            other = _by_blocks(matrix[left], variables)
-            again, still = _pseudo_solve(_scaled(matrix[left], other), other, rhs[left], variables)
-            least[singular] = torch.where(still[:, None, None], least[singular], again)
-            singular[singular.clone()] = still
-        z = z.index_copy(0, suspicious, least)
-        status[suspicious] = torch.where(singular, Status.SINGULAR.value, Status.OK.value).to(torch.int8)
-    z = torch.where(finite[:, None, None], z, torch.nan)
+        rescue = _Rescue.of(matrix[suspicious], scaled[suspicious], scale[suspicious], variables)
+        status[suspicious] = torch.where(rescue.singular, Status.SINGULAR.value, Status.OK.value).to(
+            torch.int8
+        )
     status = torch.where(finite, status, Status.NONFINITE.value).to(torch.int8)
-    return torch.where((rhs == 0).all(1, keepdim=True), 0.0, z), status
+    return _Factors(lu, pivots, scale, finite, status, suspicious, rescue), solved[:, :, :-1]
 
 
 def _rank_tolerance(matrix: Tensor) -> float:
@@ -108,33 +150,96 @@ def _scaled(matrix: Tensor, scale: Tensor) -> Tensor:
     return scale[:, :, None] * matrix * scale[:, None, :]
 
 
-def _pseudo_solve(scaled: Tensor, scale: Tensor, rhs: Tensor, variables: int) -> tuple[Tensor, Tensor]:
-    """K^+ rhs from the eigendecomposition of DKD, and whether a null vector of K reaches u.
+@dataclass(frozen=True)
+class _PseudoInverse:
+    """K^+ by the eigendecomposition of DKD.
 
     With N an orthonormal basis of null(K) = D null(DKD) and P = I - NN', K^+ = P D (DKD)^+ D P.
+
+    Attributes:
+        scale: the diagonal of D, (B, N).
+        inverse: the eigenvalues of (DKD)^+, (B, N).
+        vectors: the eigenvectors, (B, N, N).
+        basis: N, (B, N, the largest number of null vectors), filled up with zeros.
+        singular: (B,), whether a null vector of K reaches u.
     """
-    tolerance = _rank_tolerance(scaled)
-    values, vectors = torch.linalg.eigh(scaled)
-    zero = values.abs() <= tolerance * values.abs().amax(1, keepdim=True).clamp(
-        min=torch.finfo(values.dtype).tiny
-    )
-    inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
-    # The null vectors, each in its own column, the others zeroed: QR then keeps them and fills up with
-    # columns to be masked.
-    count = int(zero.sum(1).max())
-    order = torch.argsort(zero.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
-    member = torch.gather(zero, 1, order)
-    null = torch.gather(vectors, 2, order[:, None, :].expand(-1, vectors.shape[1], -1))
-    reaches = (
-        (null[:, :variables] * member[:, None, :]).abs().amax(1)
-        if variables
-        else null.new_zeros(member.shape)
-    )
-    singular = (reaches > tolerance**0.5).any(1)
-    basis = _orthonormal(scale[:, :, None] * null * member[:, None, :], member)
-    rhs = rhs - basis @ (basis.mT @ rhs)
-    z = scale[:, :, None] * (vectors @ (inverse[:, :, None] * (vectors.mT @ (scale[:, :, None] * rhs))))
-    return z - basis @ (basis.mT @ z), singular
+
+    scale: Tensor
+    inverse: Tensor
+    vectors: Tensor
+    basis: Tensor
+    singular: Tensor
+
+    @staticmethod
+    def of(scaled: Tensor, scale: Tensor, variables: int) -> _PseudoInverse:
+        """That of K, from DKD (B, N, N) and the diagonal of D."""
+        tolerance = _rank_tolerance(scaled)
+        values, vectors = torch.linalg.eigh(scaled)
+        zero = values.abs() <= tolerance * values.abs().amax(1, keepdim=True).clamp(
+            min=torch.finfo(values.dtype).tiny
+        )
+        inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
+        # The null vectors, each in its own column, the others zeroed: QR then keeps them and fills up with
+        # columns to be masked.
+        count = int(zero.sum(1).max())
+        order = torch.argsort(zero.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
+        member = torch.gather(zero, 1, order)
+        null = torch.gather(vectors, 2, order[:, None, :].expand(-1, vectors.shape[1], -1))
+        reaches = (
+            (null[:, :variables] * member[:, None, :]).abs().amax(1)
+            if variables
+            else null.new_zeros(member.shape)
+        )
+        singular = (reaches > tolerance**0.5).any(1)
+        basis = _orthonormal(scale[:, :, None] * null * member[:, None, :], member)
+        return _PseudoInverse(scale, inverse, vectors, basis, singular)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """K^+ rhs for rhs (B, N, R)."""
+        scale, basis = self.scale[:, :, None], self.basis
+        rhs = rhs - basis @ (basis.mT @ rhs)
+        z = scale * (self.vectors @ (self.inverse[:, :, None] * (self.vectors.mT @ (scale * rhs))))
+        return z - basis @ (basis.mT @ z)
+
+
+@dataclass(frozen=True)
+class _Rescue:
+    """The pseudo-inverses of samples that look singular.
+
+    Attributes:
+        first: by the scaling of rows.
+        second: by that of blocks, for the samples `left` which the first finds singular; None where there are none.
+        left: (B,) bool.
+        still: whether the second finds them singular too; the first one's answer then stands.
+        singular: (B,), the verdict.
+    """
+
+    first: _PseudoInverse
+    second: _PseudoInverse | None
+    left: Tensor
+    still: Tensor
+    singular: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor, scaled: Tensor, scale: Tensor, variables: int) -> _Rescue:
+        """That of K (B, N, N), given also as DKD with the diagonal of D."""
+        first = _PseudoInverse.of(scaled, scale, variables)
+        left = first.singular
+        if not bool(left.any()):
+            return _Rescue(first, None, left, left, left)
+        other = _by_blocks(matrix[left], variables)
+        second = _PseudoInverse.of(_scaled(matrix[left], other), other, variables)
+        singular = left.clone()
+        singular[left] = second.singular
+        return _Rescue(first, second, left, second.singular, singular)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """K^+ rhs for rhs (B, N, R)."""
+        least = self.first.solve(rhs)
+        if self.second is not None:
+            again = self.second.solve(rhs[self.left])
+            least[self.left] = torch.where(self.still[:, None, None], least[self.left], again)
+        return least
 
 
 def _orthonormal(columns: Tensor, member: Tensor) -> Tensor:

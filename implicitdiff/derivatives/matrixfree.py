@@ -12,6 +12,7 @@ from torch import Tensor
 
 from implicitdiff.derivatives import flat
 from implicitdiff.derivatives.autodiff import AutodiffPlan
+from implicitdiff.derivatives.factor import FactoredBy, KKTFactor, Solution
 from implicitdiff.derivatives.lagrangian import Leaves, pullback
 from implicitdiff.operators import LinearOperator, MatrixFree
 from implicitdiff.status import Status
@@ -22,16 +23,13 @@ Product = Callable[[Tensor], Tensor]
 class MatrixFreePlan(AutodiffPlan):
     """A Plan whose solves are iterations of one Hessian-vector product and two products with A each."""
 
-    def kkt_solve(
-        self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
-    ) -> tuple[Leaves, Leaves, Tensor]:
-        """(w, s) = K^-1 rhs by MINRES, which needs K symmetric but not definite.
+    def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
+        """Products with K, linearised once; each solve is a run of MINRES, which needs K symmetric but not definite.
 
         Started at 0 its iterates stay in the range of K, so dependent constraints give the solution of minimum norm. A
         right-hand side that is not in the range (a solution that is not unique) does not converge: NOT_CONVERGED.
         """
         shapes = (*self.variable_shapes, *self.constraint_shapes)
-        rhs = flat.join((*rhs_u, *rhs_h), 2)
         count = len(u)
 
         def residual(*point: Tensor) -> Leaves:
@@ -48,12 +46,15 @@ class MatrixFreePlan(AutodiffPlan):
                 )
             return moved
 
-        z, converged = minres(product, rhs)
-        status = torch.where(converged.all(0), Status.OK.value, Status.NOT_CONVERGED.value).to(torch.int8)
-        finite = torch.isfinite(z).all(2).all(0)
-        status = torch.where(finite, status, Status.NONFINITE.value).to(torch.int8)
-        leaves = flat.split(z, shapes)
-        return leaves[:count], leaves[count:], status
+        def solve(rhs_u: Leaves, rhs_h: Leaves) -> Solution:
+            z, converged = minres(product, flat.join((*rhs_u, *rhs_h), 2))
+            status = torch.where(converged.all(0), Status.OK.value, Status.NOT_CONVERGED.value).to(torch.int8)
+            finite = torch.isfinite(z).all(2).all(0)
+            status = torch.where(finite, status, Status.NONFINITE.value).to(torch.int8)
+            leaves = flat.split(z, shapes)
+            return leaves[:count], leaves[count:], status
+
+        return FactoredBy(solve)
 
     def multipliers(self, u: Leaves, theta: Leaves) -> Leaves:
         """lam by conjugate gradients on A A'lam = A D_u f, which is consistent; of minimum norm, started at 0."""

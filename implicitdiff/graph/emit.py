@@ -76,9 +76,15 @@ class Emitter:
         preamble: Sequence[str] = (),
         document: str = "",
         first: Sequence[Ref] = (),
+        given: Mapping[str, Node] | None = None,
     ) -> Emitted:
-        """Emits `def name(*arguments)`, which returns the outputs as a tuple; the refs `first` are written first."""
-        nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)])
+        """Emits `def name(*arguments)`, which returns the outputs as a tuple; the refs `first` are written first.
+
+        The nodes `given` are Python objects that come as arguments of these names instead of being computed.
+        """
+        given = given or {}
+        self.variables.update({node.id: Variable(argument, ()) for argument, node in given.items()})
+        nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)], self.variables)
         for node in nodes:
             for arg in node.args:
                 self.uses[arg.node.id] = self.uses.get(arg.node.id, 0) + 1

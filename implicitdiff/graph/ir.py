@@ -8,7 +8,7 @@ of one node. The batch is no axis: `prefix` says whether a value carries it in f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +82,16 @@ class Labels:
         return {label: self.new(self.sizes[label]) for label in labels}
 
 
-def reachable(roots: Iterable[Node]) -> list[Node]:
-    """All nodes below `roots`, children before parents (ids grow with construction)."""
+def reachable(roots: Iterable[Node], given: Container[int] = ()) -> list[Node]:
+    """All nodes below `roots`, children before parents (ids grow with construction).
+
+    The search does not go below the nodes with the ids `given`, nor are these returned: their values are known.
+    """
     seen: dict[int, Node] = {}
     stack = list(roots)
     while stack:
         node = stack.pop()
-        if node.id not in seen:
+        if node.id not in seen and node.id not in given:
             seen[node.id] = node
             stack.extend(ref.node for ref in node.args)
     return [seen[key] for key in sorted(seen)]

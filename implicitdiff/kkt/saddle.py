@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff import operators, solvers
-from implicitdiff.derivatives.kkt import solve_symmetric
+from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.solvers.base import Factorization
 from implicitdiff.status import Status
@@ -99,27 +99,32 @@ class FullKKT:
     """
 
     def __init__(self, hessian: Tensor, jacobian: Tensor, *, ldl: bool = False) -> None:
-        """Forms K; `ldl` factors it as LDL' (which finds no dependent constraints) instead of LU."""
-        self.ldl = ldl
-        batch = max(hessian.shape[0], jacobian.shape[0])
-        corner = hessian.new_zeros(batch, jacobian.shape[-2], jacobian.shape[-2])
-        self.matrix = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
+        """Forms K, which is factored at the first `solve`; `ldl` asks for LDL' (which finds no dependent constraints)
+        instead of LU.
+        """
+        self.batch = max(hessian.shape[0], jacobian.shape[0])
+        corner = hessian.new_zeros(self.batch, jacobian.shape[-2], jacobian.shape[-2])
+        matrix = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
         self.size = hessian.shape[-1]
-        self.status = torch.zeros(batch, dtype=torch.int8, device=hessian.device)
+        self.status = torch.zeros(self.batch, dtype=torch.int8, device=hessian.device)
+        self._dense = None if ldl else SymmetricKKT(matrix, self.size)
+        self._matrix = matrix if ldl else None
+        self._ldl: Factorization | None = None
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, of minimum norm where K is singular."""
         lead = a.shape[:-1]
-        batch = self.matrix.shape[0]
         rhs = torch.cat([a, b.expand(*lead, -1)], dim=-1)
-        columns = rhs.reshape(-1, *rhs.shape[-2:]).expand(-1, batch, -1).permute(1, 2, 0)
-        if self.ldl:
-            factor = solvers.LDL().factor(operators.Dense(self.matrix, symmetric=True))
-            self.status = factor.status
-            return self._split(factor.solve(rhs))
-        found, self.status = solve_symmetric(self.matrix, columns, self.size)
-        out = found.permute(2, 0, 1).reshape(*lead[:-1], batch, -1)
-        return self._split(out)
+        if self._dense is not None:
+            columns = rhs.reshape(-1, *rhs.shape[-2:]).expand(-1, self.batch, -1).permute(1, 2, 0)
+            found, self.status = self._dense.solve(columns)
+            return self._split(found.permute(2, 0, 1).reshape(*lead[:-1], self.batch, -1))
+        if self._matrix is not None:
+            self._ldl = solvers.LDL().factor(operators.Dense(self._matrix, symmetric=True))
+            self._matrix = None
+        assert self._ldl is not None
+        self.status = self._ldl.status
+        return self._split(self._ldl.solve(rhs))
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
         return out[..., : self.size], out[..., self.size :]

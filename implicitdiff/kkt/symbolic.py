@@ -51,6 +51,12 @@ class SymbolicKKT:
             return self._range_space(a, b, prefix)
         return self._numbers(a, b, prefix)
 
+    def factor(self) -> Ref | None:
+        """The factorisation that `solve` works with, the same node in every solve; None where H is only divided by."""
+        if self.route.name == "unconstrained":
+            return None if self._divides else self._hessian_factor()
+        return self._schur_factor() if self.route.name == "range-space" else self._system()
+
     def product(self, w: Refs, s: Refs) -> tuple[Refs, Refs]:
         """K (w, s) = (H w - A's, -A w), H by its form: what the probe tests."""
         build, form = self.build, self.route.hessian
@@ -71,10 +77,20 @@ class SymbolicKKT:
         """lam with A A' lam = A slope (for the route of the identity), and its status."""
         return self._schur_solve(self._constrain(slope), BATCHED)
 
+    @property
+    def _divides(self) -> bool:
+        return self.route.hessian.kind in ("diagonal", "scaled-identity")
+
+    def _hessian_factor(self) -> Ref:
+        """The factorisation of H."""
+        route = self.route
+        operator = lowering.operator(self.build, route.hessian, route.hessian_kind)
+        return lowering.factorised(self.build, operator, route.hessian_solver, "factor")
+
     def _inverse(self, a: Refs, prefix: int, name: str | None = "w") -> tuple[Refs, Refs]:
         """H^-1 a."""
         build, form = self.build, self.route.hessian
-        if form.kind in ("diagonal", "scaled-identity"):
+        if self._divides:
             refs = []
             for k, ref in enumerate(a):
                 diagonal = form.grid[k][k].diagonal
@@ -83,12 +99,7 @@ class SymbolicKKT:
                 )
             return refs, []
         space = form.space
-        factor = lowering.factorised(
-            build,
-            lowering.operator(build, form, self.route.hessian_kind),
-            self.route.hessian_solver,
-            "factor",
-        )
+        factor = self._hessian_factor()
         rhs = lowering.pack(build, space, a, space.rows, prefix)
         flat = lowering.solve(build, factor, rhs, name)
         return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), [
@@ -217,37 +228,23 @@ class SymbolicKKT:
         args.extend(own)
         return f"operators.Dense({text})" if i == j else text
 
-    def _numbers(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
+    def _system(self) -> Ref:
         """K by numbers: H structured or dense, A written out."""
-        build, space, rows = self.build, self.route.hessian.space, self.declared.constraint_space
+        build, space = self.build, self.route.hessian.space
         jacobian = jacobian_matrix(self.declared, space.columns)
         if self.route.name == "full":
             hessian = lowering.dense_matrix(build, self.route.hessian)
             option = ", ldl=True" if self.route.solver == "ldl" else ""
-            solver = call(
-                build,
-                f"saddle.FullKKT({{0}}, {{1}}{option})",
-                [(hessian, hessian.labels, BATCHED), (jacobian, jacobian.labels, BATCHED)],
-                (),
-                BATCHED,
-                "kkt",
-            )
+            text, of_hessian = f"saddle.FullKKT({{0}}, {{1}}{option})", (hessian, hessian.labels, BATCHED)
         else:
-            factor = lowering.factorised(
-                build,
-                lowering.operator(build, self.route.hessian, self.route.hessian_kind),
-                self.route.hessian_solver,
-                "factor",
-            )
             null = ", null_vectors" if self.route.dependent is not None else ""
-            solver = call(
-                build,
-                f"saddle.RangeSpace({{0}}, {{1}}{null})",
-                [(factor, (), -1), (jacobian, jacobian.labels, BATCHED)],
-                (),
-                BATCHED,
-                "kkt",
-            )
+            text, of_hessian = f"saddle.RangeSpace({{0}}, {{1}}{null})", (self._hessian_factor(), (), -1)
+        return call(build, text, [of_hessian, (jacobian, jacobian.labels, BATCHED)], (), BATCHED, "kkt")
+
+    def _numbers(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
+        """(w, s) by the numbers of `_system`."""
+        build, space, rows = self.build, self.route.hessian.space, self.declared.constraint_space
+        solver = self._system()
         flat_a = lowering.pack(build, space, a, space.rows, prefix)
         flat_b = lowering.pack(build, rows, b, rows.rows, prefix)
         both = call(

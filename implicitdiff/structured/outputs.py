@@ -105,11 +105,21 @@ class Recipes:
         flag = None if self.dtype == torch.float64 else kkt.cancelled()
         return [] if flag is None else [Output("cancelled", flag, (), prefix=-1)]
 
-    def kkt_solve(self, way: Way, *, shifted: bool) -> Recipe:
-        """K^-1 (rhs_u, rhs_h), with H + shift I where asked."""
+    def kkt_solve(self, way: Way, *, shifted: bool, given: bool = False) -> Recipe:
+        """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        return Recipe([*self._pair(w, s), *self._cancelled(kkt), self._status(status)], [*s, *w])
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self._status(status)]
+        return Recipe(outputs, [*s, *w], self._factors(kkt) if given else {})
+
+    def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
+        """The factorisation that a solve with `given` takes: one object, or nothing where H is only divided by."""
+        found = self._factors(self._solver(way, shifted=shifted))
+        return Recipe([Output(name, ref, (), prefix=-1) for name, ref in found.items()], [])
+
+    def _factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+        ref = kkt.factor()
+        return {} if ref is None else {ref.node.data[-1]: ref}
 
     def kkt_product(self) -> Recipe:
         """K (rhs_u, rhs_h) with H by its form: what the probe tests."""
@@ -140,8 +150,8 @@ class Recipes:
 
     # ---------------------------------------------------------------- the backward pass
 
-    def vjp(self, way: Way, wanted: Sequence[bool], *, with_lam: bool) -> Recipe:
-        """D_theta (D_u L w - h's) with K (w, s) = -(v, v_lam), for the theta that are wanted."""
+    def vjp(self, way: Way, wanted: Sequence[bool], *, with_lam: bool, given: bool = False) -> Recipe:
+        """D_theta (D_u L w - h's) with K (w, s) = -(v, v_lam), for the theta that are wanted; `given` as above."""
         declared, build, rows = self.declared, self.build, self.declared.space.rows
         kkt = self._solver(way)
         on_u, on_h = self._sides("v", "v_lam", BATCHED)
@@ -168,7 +178,7 @@ class Recipes:
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
         first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
-        return Recipe([*outputs, *flags, self._status(status)], first)
+        return Recipe([*outputs, *flags, self._status(status)], first, self._factors(kkt) if given else {})
 
     def _feasible_sums(self, w: Sequence[Ref]) -> list[Ref]:
         """Sums of w that are exactly a row of A w: they are 0 (in the gradients, which hold w fixed, not before)."""

@@ -8,7 +8,7 @@ the structure wrong, the dense plan answers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.derivatives.declared import Declared
+from implicitdiff.derivatives.factor import KKTFactor, Solution
 from implicitdiff.derivatives.stationarity import Stationarity
 from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.graph import rules
@@ -27,6 +28,7 @@ from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.probe import agree, direction
 from implicitdiff.structure.report import Analysis
 from implicitdiff.structured.arguments import Leaves
+from implicitdiff.structured.factor import Given, StructuredFactor
 from implicitdiff.structured.outputs import Recipes, Way
 from implicitdiff.structured.report import report
 from implicitdiff.structured.writer import Writer, Written
@@ -113,7 +115,7 @@ class StructuredPlan:
         )
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
-        if bool((self._verdicts(out[-1], u) != Status.OK).any()):
+        if bool((self._verdicts(out[-1], batch, u[0].device) != Status.OK).any()):
             return self.dense.multipliers(u, theta)
         return self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
 
@@ -121,22 +123,37 @@ class StructuredPlan:
 
     def kkt_solve(
         self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
-    ) -> tuple[Leaves, Leaves, Tensor]:
+    ) -> Solution:
         """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
         if self._contradicted(u, lam, theta):
             return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
-        values = {
-            **self.arguments.point(u, lam, theta),
-            **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h),
-        }
-        shifted = shift is not None
-        if shift is not None:
-            values["shift"] = shift
+        return self._solved(self._point(u, lam, theta, shift), rhs_u, rhs_h)
+
+    def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
+        """K factored, by the same code as that of `kkt_solve`, cut in two."""
+        if self._contradicted(u, lam, theta):
+            return self.dense.kkt_factor(u, lam, theta, shift)
+        return StructuredFactor(self._point(u, lam, theta, shift), self._factors, self._solved)
+
+    def _point(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None) -> dict[str, Tensor]:
+        values = self.arguments.point(u, lam, theta)
+        return values if shift is None else {**values, "shift": shift}
+
+    def _solved(
+        self,
+        point: Mapping[str, Tensor],
+        rhs_u: Leaves,
+        rhs_h: Leaves,
+        factor: StructuredFactor | None = None,
+    ) -> Solution:
+        """K^-1 rhs along the ways, with the factorisations of `factor` if there is one."""
+        values = {**point, **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h)}
+        shifted = "shift" in point
         way: Way | None = "route"
         while way is not None:
-            function = self._kkt(shifted, way)
-            out = function(values)
-            status = self._verdicts(out[-1], u)
+            function = self._kkt(shifted, way, factor is not None)
+            out = function(values if factor is None else {**values, **factor.given(way)})
+            status = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
             way = self._next(way, function, out, status)
         lead, count = rhs_u[0].shape[:2], len(self.declared.variables)
         w = tuple(
@@ -148,13 +165,25 @@ class StructuredPlan:
         )
         return w, s, status
 
-    def _kkt(self, shifted: bool, way: Way) -> Written:
+    def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
         return self.writer.function(
-            ("kkt", shifted, way),
+            ("kkt", shifted, way, given),
             "kkt_solve",
             "K (w, s) = (rhs_u, rhs_h)",
-            lambda: self.recipes.kkt_solve(way, shifted=shifted),
+            lambda: self.recipes.kkt_solve(way, shifted=shifted, given=given),
         )
+
+    def _factors(self, way: Way, point: Mapping[str, Tensor]) -> Given:
+        """The factorisations of a way, by name."""
+        shifted = "shift" in point
+        function = self.writer.function(
+            ("factor", shifted, way),
+            "kkt_factor",
+            "K factored",
+            lambda: self.recipes.kkt_factor(way, shifted=shifted),
+        )
+        names = function.emitted.results
+        return dict(zip(names, function(point), strict=True)) if names else {}
 
     def _next(self, way: Way, function: Written, out: tuple[Any, ...], status: Tensor) -> Way | None:
         """What to try after `way`: refinements where digits cancelled, K as one matrix where H or S is singular.
@@ -167,19 +196,41 @@ class StructuredPlan:
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
         return "full" if not whole and bool((status == Status.SINGULAR).any()) else None
 
-    def _verdicts(self, status: Any, u: Leaves) -> Tensor:
+    def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8:
-            return status.expand(u[0].shape[0])
-        return torch.zeros(u[0].shape[0], dtype=torch.int8, device=u[0].device)
+            return status.expand(batch)
+        return torch.zeros(batch, dtype=torch.int8, device=device)
 
     # ---------------------------------------------------------------- the backward pass
 
     def vjp(
-        self, u: Leaves, lam: Leaves, theta: Leaves, v_u: Leaves, v_lam: Leaves | None, needs: Sequence[bool]
+        self,
+        u: Leaves,
+        lam: Leaves,
+        theta: Leaves,
+        v_u: Leaves,
+        v_lam: Leaves | None,
+        needs: Sequence[bool],
+        factor: KKTFactor | None = None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """A gradient per theta that needs one, and the status of each sample."""
         if self._contradicted(u, lam, theta):
-            return self.dense.vjp(u, lam, theta, v_u, v_lam, needs)
+            return self.dense.vjp(u, lam, theta, v_u, v_lam, needs, factor)
+        if isinstance(factor, StructuredFactor):
+            with factor.lock:
+                return self._pulled(u, lam, theta, v_u, v_lam, needs, factor)
+        return self._pulled(u, lam, theta, v_u, v_lam, needs, None)
+
+    def _pulled(
+        self,
+        u: Leaves,
+        lam: Leaves,
+        theta: Leaves,
+        v_u: Leaves,
+        v_lam: Leaves | None,
+        needs: Sequence[bool],
+        factor: StructuredFactor | None,
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         values = {
             **self.arguments.point(u, lam, theta),
             **self.arguments.sides("v", "v_lam", v_u, () if v_lam is None else v_lam),
@@ -191,11 +242,13 @@ class StructuredPlan:
         )
         way: Way | None = "route"
         while way is not None:
-            function = self._vjp(way, wanted, v_lam is not None)
-            out = function(values)
+            function = self._vjp(way, wanted, v_lam is not None, factor is not None)
+            out = function(values if factor is None else {**values, **factor.given(way)})
             if self._lost(out[: len(theta_leaves)], u):
+                if factor is not None:  # the point moves, and with it K
+                    return self._pulled(u, lam, theta, v_u, v_lam, needs, None)
                 out = function({**values, **self.arguments.point(_off_zero(u), lam, theta)})
-            status = self._verdicts(out[-1], u)
+            status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             way = self._next(way, function, out, status)
         found = dict(zip(function.emitted.results, out, strict=True))
         grads = tuple(
@@ -206,12 +259,12 @@ class StructuredPlan:
         )
         return grads, status
 
-    def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool) -> Written:
+    def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool, given: bool = False) -> Written:
         return self.writer.function(
-            ("vjp", way, wanted, with_lam),
+            ("vjp", way, wanted, with_lam, given),
             "backward",
             "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
-            lambda: self.recipes.vjp(way, wanted, with_lam=with_lam),
+            lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 
     def _lost(self, grads: Sequence[Tensor], u: Leaves) -> bool:

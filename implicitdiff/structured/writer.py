@@ -5,8 +5,8 @@ In: outputs as refs. Out: results. A function lists only the arguments that it u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,17 +27,21 @@ class Written:
     emitted: Emitted
     arguments: tuple[str, ...]
 
-    def __call__(self, values: dict[str, Tensor]) -> tuple[Any, ...]:
-        """The results for the tensors of a call, by name."""
+    def __call__(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The results for the tensors of a call (and objects that are given), by name."""
         return self.emitted.call(*(values[name] for name in self.arguments))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a function returns; the refs `first` are computed before anything else."""
+    """What a function returns; the refs `first` are computed before anything else.
+
+    `given` are objects that the function takes as arguments, by name, where it would otherwise make them.
+    """
 
     outputs: list[Output]
     first: list[Ref]
+    given: dict[str, Ref] = field(default_factory=dict)
 
 
 class Writer:
@@ -70,7 +74,9 @@ class Writer:
 
     def _write(self, name: str, document: str, recipe: Recipe) -> Written:
         declared = self.arguments.declared
-        nodes = reachable([*(o.ref.node for o in recipe.outputs), *(ref.node for ref in recipe.first)])
+        given = {argument: ref.node for argument, ref in recipe.given.items()}
+        known = {node.id for node in given.values()}
+        nodes = reachable([*(o.ref.node for o in recipe.outputs), *(ref.node for ref in recipe.first)], known)
         leaves = {node.data[0]: node for node in nodes if node.op == "leaf"}
         like = declared.variables[0].name
         names = tuple(n for n in self.arguments.order() if n in leaves or n == like)
@@ -80,9 +86,10 @@ class Writer:
             if n in leaves
             for line in [*self._reshape(n, leaves[n].sizes, leaves[n].prefix), *self._cast(n, like)]
         ]
+        names = (*names, *given)
         emitter = Emitter(declared.build, like)
         emitted = emitter.function(
-            name, names, recipe.outputs, self.namespace, preamble, document, recipe.first
+            name, names, recipe.outputs, self.namespace, preamble, document, recipe.first, given
         )
         return Written(emitted, names)
 
