@@ -1,6 +1,6 @@
 """Nox sessions: the tests with the pinned torch and with the oldest supported one, and the checks of `make lint`.
 
-`nox` runs the tests and the checks as `make` does; `nox -s oldest` is for a change that may depend on the release of torch.
+`nox` runs the tests and the checks as `make` does; `nox -s oldest` is for what may depend on the release of torch.
 What follows `--` goes to pytest: `nox -s oldest -- tests/test_layer.py`.
 """
 
@@ -27,7 +27,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """All tests with the oldest torch; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets its small build."""
+    """All tests with the oldest torch.
+
+    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small build, without the CUDA libraries.
+    """
     pins = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [pin for pin in pins if pin.partition("==")[0] not in TORCH_OWN]
     with tempfile.TemporaryDirectory() as folder:

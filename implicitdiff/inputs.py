@@ -121,9 +121,9 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
     Raises:
         ProblemDefinitionError: ``problem`` is not a complete Problem.
         NotSupportedYetError: It uses a part of the contract that is not built yet.
-        InputError: The number of inputs, a type, rank, batch size, dtype or device is wrong (the Problem's
-            tensors lie on another one), no input is a tensor, or a value is NaN or infinite (skipped where values cannot be read, see
-            ``Bound.checked``).
+        InputError: The number of inputs, a type, rank, batch size, dtype or device is wrong, the Problem's
+            tensors lie on another device, no input is a tensor, or a value is NaN or infinite (skipped where
+            values cannot be read, see ``Bound.checked``).
     """
     require_problem(problem)
     inputs = tuple(inputs)
