@@ -153,8 +153,9 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
     leaf_labels = tuple(name for name, _, _ in tensors)
     reachable = scan(problem)
     dtype, device = _shared_dtype(leaf_labels, leaves, reachable.tensors), _shared_device(leaf_labels, leaves)
-    if any(tensor.device != device for tensor in reachable.tensors):
-        _refuse_other_device(leaf_labels, leaves, device, reachable)
+    # The Problem may stay where it is if the inputs are shapes only.
+    if any(tensor.device != device for tensor in reachable.tensors) and device.type != "meta":
+        raise InputError(_lies_elsewhere(leaf_labels, device, reachable))
     checked = values_are_readable() and not any(is_fake(x) or is_wrapped(x) for x in leaves)
     if checked:
         check_finite(leaf_labels, leaves, batched)
@@ -373,17 +374,11 @@ def _shared_device(names: Sequence[str], leaves: Sequence[torch.Tensor]) -> torc
     return floating[0][1] if floating else leaves[0].device
 
 
-def _refuse_other_device(
-    names: Sequence[str], leaves: Sequence[torch.Tensor], device: torch.device, reachable: Reachable
-) -> None:
-    """Raise unless the inputs are shapes only: then the Problem may stay where it is."""
-    if device.type == "meta":
-        return
-    inputs = ", ".join(n for n, x in zip(names, leaves, strict=True) if x.device == device)
+def _lies_elsewhere(names: Sequence[str], device: torch.device, reachable: Reachable) -> str:
     pairs = zip(reachable.names, reachable.tensors, strict=True)
     others = ", ".join(f"{name} on {tensor.device}" for name, tensor in pairs if tensor.device != device)
-    raise InputError(
-        f"the inputs ({inputs}) are on {device}, but the Problem has {others}: move the layer with "
+    return (
+        f"the inputs ({', '.join(names)}) are on {device}, but the Problem has {others}: move the layer with "
         f".to({str(device)!r}), or the inputs"
     )
 
