@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from implicitdiff.attributes import scan
+from implicitdiff.attributes import Reachable, scan
 from implicitdiff.errors import InputError
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.pytrees import Spec, describe, flat_spec, flatten, leaf_names, unflatten
@@ -122,9 +122,9 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
     Raises:
         ProblemDefinitionError: ``problem`` is not a complete Problem.
         NotSupportedYetError: It uses a part of the contract that is not built yet.
-        InputError: The number of inputs, a type, rank, batch size, dtype or device is wrong, no input is a
-            tensor, or a value is NaN or infinite (skipped where values cannot be read, see
-            ``Bound.checked``).
+        InputError: The number of inputs, a type, rank, batch size, dtype or device is wrong, the Problem's
+            tensors lie on another device, no input is a tensor, or a value is NaN or infinite (skipped where
+            values cannot be read, see ``Bound.checked``).
     """
     require_problem(problem)
     inputs = tuple(inputs)
@@ -154,6 +154,9 @@ def bind(problem: Problem, inputs: Sequence[Any], in_dims: InDims = 0) -> Bound:
     leaf_labels = tuple(name for name, _, _ in tensors)
     reachable = scan(problem)
     dtype, device = _shared_dtype(leaf_labels, leaves, reachable.tensors), _shared_device(leaf_labels, leaves)
+    # The Problem may stay where it is if the inputs are shapes only.
+    if any(tensor.device != device for tensor in reachable.tensors) and device.type != "meta":
+        raise InputError(_lies_elsewhere(leaf_labels, device, reachable))
     checked = values_are_readable() and not any(is_fake(x) or is_wrapped(x) for x in leaves)
     if checked:
         check_finite(leaf_labels, leaves, batched)
@@ -370,6 +373,15 @@ def _shared_device(names: Sequence[str], leaves: Sequence[torch.Tensor]) -> torc
             f"floating inputs have to share their device, got {listed}: move them with .to(device)"
         )
     return floating[0][1] if floating else leaves[0].device
+
+
+def _lies_elsewhere(names: Sequence[str], device: torch.device, reachable: Reachable) -> str:
+    pairs = zip(reachable.names, reachable.tensors, strict=True)
+    others = ", ".join(f"{name} on {tensor.device}" for name, tensor in pairs if tensor.device != device)
+    return (
+        f"the inputs ({', '.join(names)}) are on {device}, but the Problem has {others}: move the layer with "
+        f".to({str(device)!r}), or the inputs"
+    )
 
 
 def _not_finite(name: str, leaf: torch.Tensor, bad: torch.Tensor, batched: bool) -> str:

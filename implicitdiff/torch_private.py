@@ -1,15 +1,17 @@
-"""Every private or experimental torch name the library uses, behind one door.
+"""Every private or experimental torch name the library uses, and every difference between releases, behind one door.
 
-Nothing comes in; plain functions and classes go out, so that a torch release which moves a name is mended
-here alone. Written against torch 2.13; the same names exist in 2.6. Next file to read: ``pytrees.py``.
+Nothing comes in; plain functions and classes go out, so that a torch release which moves a name is mended here alone:
+``tests/test_torch_private.py`` has a test of each by name. For torch 2.6 to 2.13. Next file to read: ``pytrees.py``.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,36 +29,55 @@ from torch.utils._python_dispatch import (
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
+    "HOST",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
     "TorchDispatchMode",
     "autocast_enabled",
     "below_autograd",
+    "broadcast_prefix",
     "clean_context",
     "compiled_functions_inlined",
     "current_graph",
     "eager_context",
     "first_entry",
     "grad_batched_level",
+    "has_storage",
     "has_tangent",
     "is_fake",
     "is_grad_batched",
     "is_recorded",
+    "is_reduction",
     "is_traced",
+    "is_view",
     "is_wrapped",
     "lower_grad_batched",
     "make_fx",
     "nested_forward_mode",
+    "packet_of",
     "pytree",
     "raise_grad_batched",
+    "schema_of",
+    "sparse_parts",
+    "storage_key",
+    "synchronize",
     "tangent_free",
     "transforms_active",
     "values_are_readable",
     "without_autocast",
     "without_saved_tensor_hooks",
+    "writes_to",
 ]
+
+HOST = torch.device("cpu")
+"""The device whose values Python can read: the only one that the library names.
+
+For numbers that belong to a plan and to no call. Whatever belongs to a call lies where its inputs do.
+"""
 
 
 @contextlib.contextmanager
@@ -71,9 +92,7 @@ def clean_context() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(_disable_current_modes())
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(torch._C._DisableAutocast())  # on every device at once
         yield
 
 
@@ -168,6 +187,60 @@ def eager_context() -> Iterator[None]:
         yield
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd takes the tensor for a view of another one."""
+    return tensor._base is not None
+
+
+def writes_to(tensor: torch.Tensor) -> int:
+    """How often the tensor's memory has been written to, as autograd counts."""
+    return tensor._version
+
+
+def has_storage(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has memory of its own kind; functorch wrappers and some subclasses have none."""
+    return bool(torch._C._has_storage(tensor))
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same number for tensors that share memory, on the meta device too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and values of a COO tensor as they are stored: not coalesced, not differentiable."""
+    return tensor._indices(), tensor._values()
+
+
+def schema_of(func: Any) -> Any:
+    """Name, arguments and writes of an aten operation; None for anything else that a graph may call."""
+    return getattr(func, "_schema", None)
+
+
+def packet_of(func: OpOverload) -> Any:
+    """The operation without its overload, ``aten.all`` of ``aten.all.dim``."""
+    return func._overloadpacket
+
+
+def is_reduction(func: OpOverload) -> bool:
+    """Whether torch says that the operation reduces its argument; torch 2.6 never says it."""
+    tag = getattr(torch.Tag, "reduction", None)
+    return tag is not None and tag in func.tags
+
+
+def broadcast_prefix(prefix: Any, spec: pytree.TreeSpec) -> list[Any] | None:
+    """The leaves of a pytree prefix, each repeated for the leaves of ``spec`` below it; None if it is no prefix."""
+    return pytree._broadcast_to_and_flatten(prefix, spec)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, where it works on after Python has gone on."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == device.type:
+            torch.accelerator.synchronize(device)
+
+
 @contextlib.contextmanager
 def nested_forward_mode() -> Iterator[None]:
     """Switch forward AD on inside the ``jvp`` of an autograd.Function, which torch runs with it switched off.
@@ -235,6 +308,10 @@ def without_saved_tensor_hooks() -> Iterator[None]:
 
     torch.func's grad and vjp refuse to run while there are any. What autograd saves inside is kept as it is.
     """
+    if not _HOOKS_CAN_BE_READ:
+        with _hooks_out_of_sight():
+            yield
+        return
     hooks = []
     while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
         hooks.append(top)
@@ -244,3 +321,67 @@ def without_saved_tensor_hooks() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+_HOOKS_CAN_BE_READ = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in torch 2.6
+
+
+class _Unseen(threading.local):
+    """Whether this thread runs below ``_hooks_out_of_sight``, so that torch.func need not look for hooks."""
+
+    active = False
+
+
+_UNSEEN = _Unseen()
+_PATCHED = threading.Lock()
+_patches = 0
+
+
+@contextlib.contextmanager
+def _hooks_out_of_sight() -> Iterator[None]:
+    """``without_saved_tensor_hooks`` where the hooks can be taken off but not read, and so not put back.
+
+    They stay where they are. torch calls none of them while it believes to be traced, and torch.func's search
+    for them, one function that is looked up at every call, does nothing in this thread.
+    """
+    global _patches
+    if _UNSEEN.active or not _hooks_are_there():
+        yield
+        return
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    with _PATCHED:
+        _patches += 1
+        torch.autograd.graph.disable_saved_tensors_hooks = _refuse_hooks  # type: ignore[assignment]
+    _UNSEEN.active = True
+    try:
+        yield
+    finally:
+        _UNSEEN.active = False
+        with _PATCHED:
+            _patches -= 1
+            if not _patches:
+                torch.autograd.graph.disable_saved_tensors_hooks = _TORCH_REFUSES_HOOKS
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+_TORCH_REFUSES_HOOKS = torch.autograd.graph.disable_saved_tensors_hooks
+
+
+def _refuse_hooks(error_message: str) -> contextlib.AbstractContextManager[None]:
+    """torch's own function, except below ``_hooks_out_of_sight``: other threads see no difference."""
+    return contextlib.nullcontext() if _UNSEEN.active else _TORCH_REFUSES_HOOKS(error_message)
+
+
+def _hooks_are_there() -> bool:
+    """Whether there are hooks on saved tensors; there are none to be pushed where torch.func has disabled them."""
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
+        return False
+    try:
+        # It complains if there are any, which is the only way to ask.
+        autograd._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        autograd._saved_tensors_hooks_enable()
+    return False

@@ -124,10 +124,13 @@ class OptimalTransport(Problem):
     def example(self) -> tuple[Tensor, ...]:
         """Three cost matrices of 4 by 6 with uneven marginals; gamma too if it is an input."""
         generator = torch.Generator().manual_seed(0)
-        M = torch.rand(3, 4, 6, generator=generator)
-        r = torch.randn(3, 4, generator=generator).softmax(1)
-        c = torch.randn(3, 6, generator=generator).softmax(1)
-        return (M, r, c) if self.gamma is not None else (M, r, c, 1 + 9 * torch.rand(3, generator=generator))
+        home = generator.device
+        M = torch.rand(3, 4, 6, generator=generator, device=home)
+        r = torch.randn(3, 4, generator=generator, device=home).softmax(1)
+        c = torch.randn(3, 6, generator=generator, device=home).softmax(1)
+        if self.gamma is not None:
+            return M, r, c
+        return M, r, c, 1 + 9 * torch.rand(3, generator=generator, device=home)
 
 
 def _told_apart(M: Tensor, rest: tuple[Tensor, ...], axes: int) -> Inputs:

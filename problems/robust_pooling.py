@@ -123,9 +123,10 @@ class RobustPooling(Problem):
     def example(self) -> tuple[Tensor, ...]:
         """Three clouds of nine points in R^4, two points of each far away; alpha too if it is an input."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(3, 4, 9, generator=generator)
-        x[:, :, :2] += 3 * torch.randn(3, 4, 2, generator=generator)
-        return (x,) if self.alpha is not None else (x, 1 + torch.rand(3, generator=generator))
+        home = generator.device
+        x = torch.randn(3, 4, 9, generator=generator, device=home)
+        x[:, :, :2] += 3 * torch.randn(3, 4, 2, generator=generator, device=home)
+        return (x,) if self.alpha is not None else (x, 1 + torch.rand(3, generator=generator, device=home))
 
 
 def _check_points(x: Tensor, axes: int) -> None:

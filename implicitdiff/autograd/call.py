@@ -19,7 +19,7 @@ from implicitdiff.autograd.shared import SharedFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
-from implicitdiff.torch_private import without_autocast, without_saved_tensor_hooks
+from implicitdiff.torch_private import is_view, without_autocast, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 
@@ -179,6 +179,6 @@ def undisturbed(like: Tensor) -> Iterator[None]:
 def own(output: Tensor, held: set[int]) -> Tensor:
     """A contiguous tensor that is no view and shares no memory with `held`: autograd treats views of inputs, and
     views made inside a function, as special cases."""
-    if output._base is not None or output.untyped_storage().data_ptr() in held:
+    if is_view(output) or output.untyped_storage().data_ptr() in held:
         return output.clone(memory_format=torch.contiguous_format)
     return output.contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.plan import Plan
-from implicitdiff.torch_private import is_fake
+from implicitdiff.torch_private import is_fake, writes_to
 
 Leaves = tuple[Tensor, ...]
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,7 +54,7 @@ class SharedFactor:
         kept = self._kept
         if kept is None or kept.plan is not plan:
             return None
-        versions = tuple(tensor._version for tensor in kept.point)
+        versions = tuple(map(writes_to, kept.point))
         if versions != kept.versions:
             return None
         given = (*u, *lam, *theta)
@@ -74,7 +74,7 @@ class SharedFactor:
         self._kept = None  # its memory is free before the next one is made
         u, lam, theta = (tuple(leaf.detach() for leaf in leaves) for leaves in (u, lam, theta))
         point = (*u, *lam, *theta)
-        versions = tuple(tensor._version for tensor in point)
+        versions = tuple(map(writes_to, point))
         factor = plan.kkt_factor(u, lam, theta)
         self._kept = _Kept(plan, point, versions, factor)
         return factor

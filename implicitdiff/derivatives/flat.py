@@ -35,5 +35,5 @@ def split(flat: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
 def basis(shapes: Shapes, start: int, stop: int, batch: int, like: Tensor) -> tuple[Tensor, ...]:
     """The unit vectors start..stop of the joined space as leaves (stop - start, B, *shape), for all samples."""
     unit = torch.zeros(stop - start, sum(sizes(shapes)), dtype=like.dtype, device=like.device)
-    unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+    unit.diagonal(start).fill_(1.0)
     return split(unit[:, None, :].expand(-1, batch, -1), shapes)

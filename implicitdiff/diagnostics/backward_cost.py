@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicitdiff.diagnostics.held import Planned
 from implicitdiff.diagnostics.meter import Measurement, measure
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import flatten
-from implicitdiff.torch_private import is_fake
+from implicitdiff.torch_private import HOST, TorchDispatchMode, is_fake, packet_of
 
 ITERATIVE = frozenset(("cg", "schur-cg", "minres", "gmres"))
 
@@ -62,9 +61,14 @@ def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
             # An operation whose result has a size that depends on values: there is no meta version of it.
             pass
     given = not any(is_fake(tensor) for tensor in planned.theta)
-    theta = [_synthetic(tensor) if is_fake(tensor) else tensor.detach() for tensor in planned.theta]
+    home = next((tensor.device for tensor in planned.theta if not is_fake(tensor)), HOST)
+
+    def make(like: Tensor) -> Tensor:
+        return _synthetic(like, home)
+
+    theta = [make(tensor) if is_fake(tensor) else tensor.detach() for tensor in planned.theta]
     start = _start(problem, planned) if given else None
-    found = _run(planned, theta, _synthetic, start)
+    found = _run(planned, theta, make, start)
     what = "the given data, at the start point" if start is not None else "random data"
     return BackwardCost(
         found.flops, found.bytes, found.peak, f"counted on {what}; iterations depend on the data"
@@ -98,12 +102,13 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, device="meta")
 
 
-def _synthetic(like: Tensor) -> Tensor:
+def _synthetic(like: Tensor, device: torch.device) -> Tensor:
     """Numbers in [0.5, 1.5), the same for each shape: inside the domain of most objectives."""
     if not like.is_floating_point():
-        return torch.zeros(like.shape, dtype=like.dtype)
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
     generator = torch.Generator().manual_seed(like.numel())
-    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.dtype) + 0.5
+    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return draw.to(device, like.dtype) + 0.5
 
 
 def _start(problem: Problem, planned: Planned) -> tuple[Tensor, ...] | None:
@@ -127,10 +132,11 @@ class _NoFailure(TorchDispatchMode):
     ) -> Any:
         on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         if on_meta and func is torch.ops.aten._local_scalar_dense.default:
-            return torch.tensor(hasattr(args[0], "_all_are_sound"), dtype=args[0].dtype).item()
+            sound = hasattr(args[0], "_all_are_sound")
+            return torch.tensor(sound, dtype=args[0].dtype, device=HOST).item()
         if on_meta and func is torch.ops.aten.nonzero.default:
             return torch.empty((0, args[0].dim()), dtype=torch.int64, device="meta")
         result = func(*args, **(kwargs or {}))
-        if on_meta and func._overloadpacket is torch.ops.aten.all:
+        if on_meta and packet_of(func) is torch.ops.aten.all:
             result._all_are_sound = True
         return result

@@ -21,6 +21,7 @@ from implicitdiff.diagnostics.declared import (
     gradient,
     jacobian,
     moving_names,
+    normal,
     to_double,
 )
 from implicitdiff.diagnostics.differences import directional
@@ -166,7 +167,8 @@ def _residuals(
     rows: _Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
 ) -> None:
     """Status, stationarity, feasibility, multipliers, denormal numbers."""
-    status = torch.atleast_1d(torch.as_tensor(solution.status))
+    assert isinstance(solution.status, Tensor)  # the layer's solutions have one
+    status = torch.atleast_1d(solution.status)
     names = sorted({Status(int(code)).name for code in status if int(code) != Status.OK})
     rows.upper("solve", float((status != Status.OK).sum()), 0, ", ".join(names))
     declared = Declared(problem, inputs, in_dims, solution.u)
@@ -335,11 +337,7 @@ def _curvature(hessian: Tensor, jacobian: Tensor) -> float:
 
 def _cotangent(u: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
-
-    def draw(leaf: Tensor) -> Tensor:
-        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
-
-    return pytree.tree_map(draw, u)
+    return pytree.tree_map(lambda leaf: normal(generator, leaf), u)
 
 
 def _layer_gradients(

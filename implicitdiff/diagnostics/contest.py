@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.declared import Declared, double, floating
+from implicitdiff.diagnostics.declared import Declared, double, floating, normal
 from implicitdiff.diagnostics.held import batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.meter import Measurement, format_bytes, measure
 from implicitdiff.diagnostics.reference import Direction, Reference, relative_error
@@ -24,7 +24,7 @@ from implicitdiff.diagnostics.traffic import tensors_in
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution
-from implicitdiff.torch_private import pytree
+from implicitdiff.torch_private import pytree, synchronize
 
 _WRONG = 1e-2
 _SLOW_TOTAL = 20.0  # seconds that one backward may take over all rounds
@@ -135,7 +135,7 @@ def contest(
 
 def _draw(u: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
-    return pytree.tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t), u)
+    return pytree.tree_map(lambda leaf: normal(generator, leaf), u)
 
 
 @contextmanager
@@ -325,9 +325,7 @@ def _time(run: Callable[[], Any], loops: int) -> float:
     start = time.perf_counter()
     for _ in range(loops):
         result = run()
-    device = next(tensors_in(result)).device
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    synchronize(next(tensors_in(result)).device)
     return (time.perf_counter() - start) / loops
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from implicitdiff.inputs import parameter_names
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import flatten, leaf_names
-from implicitdiff.torch_private import pytree
+from implicitdiff.torch_private import broadcast_prefix, pytree
 
 _CHUNK = 256
 _CHUNK_ENTRIES = 2**24
@@ -116,10 +116,16 @@ def floating(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def normal(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal numbers, drawn where the generator is: the same for every dtype and device."""
+    draw = torch.randn(like.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return draw.to(like)
+
+
 def flat_dims(inputs: Sequence[Any], in_dims: Any) -> list[int | None]:
     """The batch axis of each leaf of the inputs; None for shared leaves and leaves that are no tensors."""
     leaves, spec = pytree.tree_flatten(tuple(inputs))
-    dims = pytree._broadcast_to_and_flatten(in_dims, spec) or [None] * len(leaves)
+    dims = broadcast_prefix(in_dims, spec) or [None] * len(leaves)
     return [
         int(dim) % leaf.dim() if dim is not None and isinstance(leaf, Tensor) else None
         for dim, leaf in zip(dims, leaves, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.declared import Declared, double, floating, moving_names
+from implicitdiff.diagnostics.declared import Declared, double, floating, moving_names, normal
 from implicitdiff.diagnostics.reference import orthogonal_to, polish, worse
 from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.layer import solve
@@ -56,7 +56,7 @@ def directional(
         if not value.numel() or (name.startswith("Parameter") and not value.requires_grad):
             continue
         size = float(value.detach().abs().max()) or 1.0
-        draw = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(gradient)
+        draw = normal(generator, gradient)
         direction = draw * (value.detach().abs() + 1e-3 * size)
         rows = null.split(widths, 1)[position]
         direction = orthogonal_to(rows, direction.reshape(-1)).reshape(value.shape)

@@ -10,19 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from implicitdiff.torch_private import OpOverload, is_reduction, packet_of, schema_of
+
 Arguments = Sequence[object]
 Rule = Callable[[Arguments, Mapping[str, object], list[torch.Tensor]], int]
 
 
-def base_name(func: torch._ops.OpOverload) -> str:
+def base_name(func: OpOverload) -> str:
     """The name of an operation without namespace, overload and the underscore of its in-place form."""
-    name = func._schema.name.split("::")[-1]
+    name = schema_of(func).name.split("::")[-1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def argument(func: torch._ops.OpOverload, args: Arguments, kwargs: Mapping[str, object], name: str) -> object:
+def argument(func: OpOverload, args: Arguments, kwargs: Mapping[str, object], name: str) -> object:
     """The value of an argument in this call, by its name in the schema; None if there is no such name."""
-    for position, declared in enumerate(func._schema.arguments):
+    for position, declared in enumerate(schema_of(func).arguments):
         if declared.name == name:
             if name in kwargs:
                 return kwargs[name]
@@ -31,7 +33,7 @@ def argument(func: torch._ops.OpOverload, args: Arguments, kwargs: Mapping[str, 
 
 
 def count_flops(
-    func: torch._ops.OpOverload, args: Arguments, kwargs: Mapping[str, object], outputs: list[torch.Tensor]
+    func: OpOverload, args: Arguments, kwargs: Mapping[str, object], outputs: list[torch.Tensor]
 ) -> int | None:
     """Floating point operations of one aten call, from shapes alone.
 
@@ -61,16 +63,16 @@ def count_flops(
         return _PER_OUTPUT[name] * _numel(outputs[0])
     if name in _PER_INPUT:
         return _PER_INPUT[name] * _numel(_tensor(args[0]))
-    if func._overloadpacket in flop_registry:
+    if packet_of(func) in flop_registry:
         # Convolutions and attention: torch's own shape formulas.
         return int(
-            flop_registry[func._overloadpacket](
+            flop_registry[packet_of(func)](
                 *args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)
             )
         )
     if torch.Tag.pointwise in func.tags:
         return max((_numel(output) for output in outputs), default=0)
-    if torch.Tag.reduction in func.tags:
+    if is_reduction(func):
         return _numel(_tensor(args[0]))
     return None
 

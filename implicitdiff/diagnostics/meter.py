@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicitdiff.diagnostics.flops import base_name, count_flops
 from implicitdiff.diagnostics.traffic import (
@@ -23,10 +22,10 @@ from implicitdiff.diagnostics.traffic import (
     mutated,
     parts,
     storage_bytes,
-    storage_key,
     stored,
     tensors_in,
 )
+from implicitdiff.torch_private import TorchDispatchMode, storage_key
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from implicitdiff.diagnostics.flops import argument, base_name
+from implicitdiff.torch_private import has_storage, pytree, schema_of, sparse_parts, storage_key
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
@@ -35,7 +35,7 @@ def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if tensor.layout == torch.strided:
         return (tensor,) if stored(tensor) else ()
     if tensor.layout == torch.sparse_coo:
-        return (tensor._indices(), tensor._values())
+        return sparse_parts(tensor)
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -44,11 +44,7 @@ def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def stored(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and torch._C._has_storage(tensor)
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return tensor.layout == torch.strided and has_storage(tensor)
 
 
 def tensors_in(tree: object) -> Iterator[torch.Tensor]:
@@ -61,7 +57,7 @@ def mutated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterat
     """The arguments that the operation changes, by its schema; t_ and squeeze_ change metadata only."""
     if torch.Tag.inplace_view in func.tags:
         return
-    for position, declared in enumerate(func._schema.arguments):
+    for position, declared in enumerate(schema_of(func).arguments):
         if _is_write(declared):
             value = args[position] if position < len(args) else kwargs.get(declared.name)
             yield from tensors_in(value)
@@ -71,7 +67,7 @@ def bytes_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int
     """Bytes the operation reads; the same view passed twice is read once."""
     name = base_name(func)
     unread: set[int] = set()
-    for position, declared in enumerate(func._schema.arguments):
+    for position, declared in enumerate(schema_of(func).arguments):
         value = args[position] if position < len(args) else kwargs.get(declared.name)
         # An out= variant only writes its result, and so do the in-place operations that replace everything.
         skipped = _is_write(declared) and (declared.kwarg_only or name in _OVERWRITING)
@@ -108,7 +104,7 @@ def _is_write(declared: Any) -> bool:
 
 def _is_scatter(func: Any) -> bool:
     """An in-place update through an index: it touches the addressed entries of its first argument only."""
-    return base_name(func) in _SCATTERS and _is_write(func._schema.arguments[0])
+    return base_name(func) in _SCATTERS and _is_write(schema_of(func).arguments[0])
 
 
 def _accumulates(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from implicitdiff.graph.skeleton import skeleton
 from implicitdiff.inputs import Bound, variable_name
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, leaf_names, unflatten
+from implicitdiff.torch_private import HOST, clean_context
 
 
 class Fact(NamedTuple):
@@ -69,10 +70,11 @@ def arguments_of(
         variables: Leaves of one sample; only shape and dtype count.
         variable_spec: Their structure; None for a hook that takes no variable.
         bound: The inputs. Where they are on the meta device, the graph is made for the device of the
-            Problem's tensors, else for the CPU, since constants inside a function lie on a real device.
+            Problem's tensors, else for torch's default one, since that is where constants that a function
+            makes lie (the host if the default is the meta device too: their values are wanted).
     """
     real = [t.device for t in (*bound.leaves, *bound.tensors) if not t.is_meta]
-    home = real[0] if real else torch.device("cpu")
+    home = real[0] if real else _home_of_constants()
 
     def facts(
         names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
@@ -92,6 +94,12 @@ def arguments_of(
         variable_spec=variable_spec,
         bound=bound,
     )
+
+
+def _home_of_constants() -> torch.device:
+    with clean_context():  # torch makes a tensor to find out
+        default = torch.get_default_device()
+    return HOST if default.type == "meta" else default
 
 
 def call_hook(problem: Problem, hook: str, arguments: Sequence[Any]) -> Any:

@@ -33,6 +33,7 @@ from implicitdiff.torch_private import (
     clean_context,
     compiled_functions_inlined,
     make_fx,
+    schema_of,
 )
 
 # What torch says when data is asked of a tensor that has none, in 2.6 to 2.13.
@@ -219,7 +220,7 @@ def _spell_out_reshapes(graph: torch.fx.Graph) -> None:
 
 
 def _writes(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 

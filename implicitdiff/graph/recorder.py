@@ -15,10 +15,12 @@ from implicitdiff.graph.lines import Origin, origin
 from implicitdiff.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    HigherOrderOperator,
     TorchDispatchMode,
     current_graph,
     is_fake,
     pytree,
+    schema_of,
 )
 
 # Random operations that torch does not tag as such.
@@ -52,7 +54,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.HigherOrderOperator):
+        if isinstance(func, HigherOrderOperator):
             raise ControlFlowError(
                 self._message("calls a control flow operator", func, origin(self._entry), VALUE_REMEDY)
             )
@@ -136,9 +138,10 @@ def _since(graph: torch.fx.Graph, last: torch.fx.Node | None) -> list[torch.fx.N
 
 def _written(func: Any, args: Any) -> list[torch.Tensor]:
     """The arguments an operation writes into."""
-    if not func._schema.is_mutable:
+    schema = schema_of(func)
+    if not schema.is_mutable:
         return []
-    pairs = zip(func._schema.arguments, args, strict=False)
+    pairs = zip(schema.arguments, args, strict=False)
     return [
         x
         for a, x in pairs
@@ -147,10 +150,11 @@ def _written(func: Any, args: Any) -> list[torch.Tensor]:
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
-    name = func._schema.name.partition("::")[2]
+    schema = schema_of(func)
+    name = schema.name.partition("::")[2]
     if torch.Tag.nondeterministic_seeded not in func.tags and name not in _RANDOM:
         return False
-    for position, argument in enumerate(func._schema.arguments):
+    for position, argument in enumerate(schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
         if argument.name in ("p", "dropout_p", "dropout") and isinstance(value, int | float) and value == 0:
             return False  # attention and dropout operations carry the tag even where they draw nothing

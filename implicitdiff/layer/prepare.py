@@ -38,7 +38,7 @@ from implicitdiff.plan import Plan, check_options, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import flatten_like, unflatten
 from implicitdiff.records import open_records
-from implicitdiff.torch_private import autocast_enabled, is_recorded, without_saved_tensor_hooks
+from implicitdiff.torch_private import autocast_enabled, is_recorded, pytree, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -319,7 +319,7 @@ def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype
     Inputs that are all float64 stay, as torch's own casts leave them. u goes back to the inputs' common half
     precision; where they differ it stays float32.
     """
-    leaves, spec = torch.utils._pytree.tree_flatten(tuple(inputs))
+    leaves, spec = pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors or not autocast_enabled(tensors[0].device.type):
         return tuple(inputs), None
@@ -330,7 +330,7 @@ def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype
     cast = [
         leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
     ]
-    return tuple(torch.utils._pytree.tree_unflatten(cast, spec)), restore
+    return tuple(pytree.tree_unflatten(cast, spec)), restore
 
 
 def _start(init: Any, example: Example, bound: Bound, name: str) -> Leaves:

@@ -32,7 +32,8 @@ class Kernel:
         """Return the proved kernel of an operator, None where nothing was proved."""
         if not isinstance(operator, Block) or not operator.null_vectors:
             return None
-        return cls(torch.stack([torch.as_tensor(vector) for vector in operator.null_vectors], dim=-1))
+        vectors = [torch.as_tensor(vector, device=operator.device) for vector in operator.null_vectors]
+        return cls(torch.stack(vectors, dim=-1))
 
     def restrict(self, places: Sequence[slice]) -> "Kernel":
         """Return the space spanned by the entries of the null vectors in the given places alone."""

@@ -40,7 +40,7 @@ def widened(operator: Block) -> Block:
     """
     couplings = {(i, j): block.double() for i, j, block in operator.couplings}
     corners: list[LinearOperator] = [_wide(corner) for corner in operator.corners]
-    null = [torch.as_tensor(vector).double() for vector in operator.null_vectors]
+    null = [torch.as_tensor(vector, device=operator.device).double() for vector in operator.null_vectors]
     diagonal = all(isinstance(corner, Diagonal | ScaledIdentity) for corner in corners)
     if diagonal and len(null) == 1 and bool((null[0] != 0).all()):
         parts = [null[0][where] for where in operator.slices]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Node, Ref
+from implicitdiff.torch_private import HOST
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _vectors(
             break
         blocks = []
         for index, block in enumerate(sizes):
-            z = torch.zeros(tuple(block), dtype=torch.float64)
+            z = torch.zeros(tuple(block), dtype=torch.float64, device=HOST)
             for member, sign in ((first, 1.0), (other, -1.0)):
                 if member[0] == index:
                     position = iter(entry)

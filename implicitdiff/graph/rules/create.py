@@ -43,9 +43,9 @@ def _filled(tr: Any, a: Value, sizes: Any, value: float) -> Value:
 
 
 @rule(aten.eye.default, aten.eye.m)
-def eye(tr: Any, rows: int, columns: int | None = None, **_: Any) -> Value:
+def eye(tr: Any, rows: int, columns: int | None = None, *, device: Any = None, **_: Any) -> Value:
     if rows == 1 or (columns is not None and columns != rows):
-        return tr.constant(torch.eye(rows, rows if columns is None else columns))
+        return tr.constant(torch.eye(rows, rows if columns is None else columns, device=device))
     name, parts = tr.identity(rows)
     first, second = [[tr.build.labels.new(part) for part in parts] for _ in range(2)]
     deltas = [tr.build.eye(a, b, f"{name}:{k}") for k, (a, b) in enumerate(zip(first, second, strict=True))]
