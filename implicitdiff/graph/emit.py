@@ -300,15 +300,39 @@ class Emitter:
         )
 
     def _emit_select(self, node: Node) -> Variable:
-        spec, size = node.data
-        rows = (
-            str(spec[1])
-            if spec[0] == "index"
-            else f"{spec[1]}:{spec[1] + spec[2] * (spec[3] - 1) + 1}:{spec[2]}"
-        )
-        return self.store(
-            node, f"torch.eye({size}, dtype={self.like}.dtype, device={self.like}.device)[{rows}]", node.axes
-        )
+        (_, start, step, count), size = node.data
+        rows = f"torch.arange({start}, {start + step * (count - 1) + 1}, {step}, device={self.like}.device)"
+        columns = f"torch.arange({size}, device={self.like}.device)"
+        return self.store(node, f"({rows}[:, None] == {columns}).to({self.like}.dtype)", node.axes)
+
+    def _emit_shift(self, node: Node) -> Variable:
+        ones = f"{self.like}.new_ones({node.sizes[0] - abs(node.data)})"
+        return self.store(node, f"{ones}.diag_embed({node.data})", node.axes)
+
+    def _emit_pad(self, node: Node) -> Variable:
+        (inner,) = node.args
+        hidden = iter(node.bound)
+        order = [
+            own if spec[0] == "all" else next(hidden) for spec, own in zip(node.data, node.axes, strict=True)
+        ]
+        text = self.expanded(inner, order, inner.node.prefix)
+        ends: list[int] = []
+        for axis, (spec, size) in enumerate(zip(node.data, node.sizes, strict=True)):
+            start, step, count = (0, 1, size) if spec[0] == "all" else (*spec[1:], 1, 1)[:3]
+            last = start + step * (count - 1)
+            if step == 1:
+                ends = [start, size - 1 - last, *ends]
+                continue
+            # torch pads at the ends only: entries that are apart are written into zeros
+            values, dim = self.temporary(text), inner.node.prefix + axis
+            zeros = f"{values}.new_zeros((*{values}.shape[:{dim}], {size}, *{values}.shape[{dim + 1}:]))"
+            text = f"torch.slice_scatter({zeros}, {values}, {dim}, {start}, {last + 1}, {step})"
+            ends = [0, 0, *ends]
+        while ends and ends[-2:] == [0, 0]:
+            ends = ends[:-2]
+        if ends:
+            text = f"torch.nn.functional.pad({text}, ({', '.join(map(str, ends))}))"
+        return self.store(node, text, node.axes)
 
     def _emit_hold(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicitdiff import operators, solvers
 from implicitdiff.derivatives.kkt import solve_symmetric
 from implicitdiff.kkt.formula import Steps, range_space
-from implicitdiff.solvers.base import Factorization
+from implicitdiff.solvers.base import Factorization, from_columns, to_columns
 from implicitdiff.status import Status
 
 
@@ -38,6 +38,21 @@ def grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """Blocks (B or 1, ., .) joined to one matrix (B, ., .)."""
     batch = max(block.shape[0] for row in rows for block in row)
     return torch.cat([torch.cat([b.expand(batch, -1, -1) for b in row], dim=-1) for row in rows], dim=-2)
+
+
+def bands(diagonals: Sequence[Tensor], chains: int, inside: int) -> Tensor:
+    """(B, chains, width, places, s, s) from one tensor (B or 1, *chains, places, *rows, *columns) for each diagonal.
+
+    `chains` and `inside` are the numbers of axes that number the chains, and the rows (and columns) inside a block.
+    """
+    shape = torch.broadcast_shapes(*(d.shape for d in diagonals))
+    places = shape[1 + chains]
+    size = shape[2 + chains : 2 + chains + inside].numel()
+    flat = [
+        d.expand(shape).reshape(shape[0], shape[1 : 1 + chains].numel(), places, size, size)
+        for d in diagonals
+    ]
+    return torch.stack(flat, dim=2)
 
 
 def merged(*status: Tensor) -> Tensor:
@@ -110,16 +125,17 @@ class FullKKT:
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, of minimum norm where K is singular."""
         lead = a.shape[:-1]
-        batch = self.matrix.shape[0]
         rhs = torch.cat([a, b.expand(*lead, -1)], dim=-1)
-        columns = rhs.reshape(-1, *rhs.shape[-2:]).expand(-1, batch, -1).permute(1, 2, 0)
         if self.ldl:
             factor = solvers.LDL().factor(operators.Dense(self.matrix, symmetric=True))
             self.status = factor.status
             return self._split(factor.solve(rhs))
-        found, self.status = solve_symmetric(self.matrix, columns, self.size)
-        out = found.permute(2, 0, 1).reshape(*lead[:-1], batch, -1)
-        return self._split(out)
+        # a K that all samples share is factored once: the samples are further columns
+        own = self.matrix.shape[0]
+        batch = rhs.shape[-2] if own == 1 else own
+        rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
+        found, self.status = solve_symmetric(self.matrix, to_columns(rhs, own), self.size)
+        return self._split(from_columns(found, rhs.shape))
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
         return out[..., : self.size], out[..., self.size :]

@@ -63,7 +63,8 @@ class StructuredPlan:
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
         self.declared = Declared(program, [tuple(shape) for shape in outputs])
-        form = classify(program.build, self.declared.space, self.declared.hessian_terms)
+        declared = self.declared
+        form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
         self.recipes = Recipes(self.declared, form, linear_solver, dtype)
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
