@@ -4,6 +4,7 @@ In: operators. Out: ``choose`` picks a solver, ``LinearSolver.factor`` returns a
 status for each sample. Start reading at ``base.py``; ``select.py`` is where the choice is made.
 """
 
+from implicitdiff.solvers.banded_cholesky import BandedCholesky
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, relative_residual
 from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
@@ -14,6 +15,7 @@ from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.pseudo_inverse import PseudoInverse
 from implicitdiff.solvers.schur import Schur
 from implicitdiff.solvers.select import PLANNED, SOLVERS, Choice, choose, solver_named
+from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "LU",
     "PLANNED",
     "SOLVERS",
+    "BandedCholesky",
     "BlockCholesky",
     "Choice",
     "Cholesky",
@@ -31,6 +34,7 @@ __all__ = [
     "LinearSolver",
     "PseudoInverse",
     "Schur",
+    "Tridiagonal",
     "Woodbury",
     "choose",
     "relative_residual",

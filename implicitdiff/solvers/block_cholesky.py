@@ -1,6 +1,6 @@
 """All blocks of a block-diagonal matrix factored at once.
 
-In: a block-diagonal operator. Out: ``BlockCholesky``. Next file: ``woodbury.py``.
+In: a block-diagonal operator. Out: ``BlockCholesky``. Next file: ``cyclic.py``.
 """
 
 import math

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import (
+    Banded,
     Block,
     BlockDiagonal,
     Dense,
@@ -49,6 +50,11 @@ def _of_diagonal(operator: Diagonal) -> Tensor:
 @matrix_diagonal.register
 def _of_blocks(operator: BlockDiagonal) -> Tensor:
     return operator.join(operator.blocks.diagonal(dim1=-2, dim2=-1))
+
+
+@matrix_diagonal.register
+def _of_bands(operator: Banded) -> Tensor:
+    return operator.join(operator.bands[:, :, operator.lower].diagonal(dim1=-2, dim2=-1))
 
 
 @matrix_diagonal.register
@@ -213,6 +219,12 @@ def _diagonal_product(operator: LinearOperator) -> Cost:
 @product_cost.register
 def _block_diagonal_product(operator: BlockDiagonal) -> Cost:
     entries = operator.blocks.numel()
+    return Cost(2 * entries, entries * operator.dtype.itemsize, 0)
+
+
+@product_cost.register
+def _banded_product(operator: Banded) -> Cost:
+    entries = operator.bands.numel()
     return Cost(2 * entries, entries * operator.dtype.itemsize, 0)
 
 

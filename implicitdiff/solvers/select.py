@@ -9,6 +9,7 @@ from functools import singledispatch
 
 from implicitdiff.errors import NotSupportedYetError, OptionError
 from implicitdiff.operators import (
+    Banded,
     Block,
     BlockDiagonal,
     Diagonal,
@@ -18,6 +19,7 @@ from implicitdiff.operators import (
     ScaledIdentity,
     Zero,
 )
+from implicitdiff.solvers.banded_cholesky import BandedCholesky
 from implicitdiff.solvers.base import Cost, LinearSolver
 from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
@@ -26,6 +28,7 @@ from implicitdiff.solvers.divide import Divide
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.schur import Schur
+from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
 SOLVERS: dict[str, LinearSolver] = {
@@ -33,6 +36,8 @@ SOLVERS: dict[str, LinearSolver] = {
     for solver in (
         Divide(),
         BlockCholesky(),
+        Tridiagonal(),
+        BandedCholesky(),
         Woodbury(),
         Cholesky(),
         LU(),
@@ -44,8 +49,6 @@ SOLVERS: dict[str, LinearSolver] = {
 """The solvers by the name that ``linear_solver=`` takes."""
 
 PLANNED: tuple[str, ...] = (
-    "banded-cholesky",
-    "tridiagonal",
     "kronecker",
     "schur-cg",
     "minres",
@@ -87,6 +90,11 @@ def _for_diagonal(operator: LinearOperator) -> tuple[str, ...]:
 @candidates.register
 def _for_blocks(operator: BlockDiagonal) -> tuple[str, ...]:
     return ("block-cholesky",)
+
+
+@candidates.register
+def _for_bands(operator: Banded) -> tuple[str, ...]:
+    return ("tridiagonal", "banded-cholesky", "cholesky", "lu")
 
 
 @candidates.register
