@@ -15,6 +15,7 @@ import implicitdiff as idf
 from implicitdiff.diagnostics import Measurement, measure
 from implicitdiff.diagnostics.held import plan_of
 from tests.cases import BY_NAME, Case
+from tests.cases.bands import SINGULAR
 from tests.oracles import compare_modulo, dense_vjp, solved
 
 Objective = Callable[..., Tensor]
@@ -117,33 +118,38 @@ REASONS: dict[str, tuple[Objective, tuple[int, ...], str]] = {
     "one difference": (
         lambda u, x: steps(u).square().sum() + near(u, x),
         (9,),
-        "slices tie axis 0 of the variable to itself with offsets -1, 0, 1",
+        "every term ties axis 0 of the variable to itself with offsets -1, 0, 1",
     ),
     "a gap": (
         lambda u, x: torch.cosh(u[3:] - u[:-3]).sum() + near(u, x),
         (9,),
-        "slices tie axis 0 of the variable to itself with offsets -3, 0, 3",
+        "every term ties axis 0 of the variable to itself with offsets -3, 0, 3",
     ),
     "chains": (
         lambda u, x: torch.diff(u, dim=1).square().sum() + near(u, x),
         (3, 7),
-        "slices tie axis 1 of the variable to itself with offsets -1, 0, 1, separately for each entry of axis 0",
+        "every term ties axis 1 of the variable to itself with offsets -1, 0, 1, separately for each entry of axis 0",
     ),
     "blocks": (
         lambda u, x: torch.sqrt(steps(u).square().sum((1, 2)) + 1).sum() + near(u, x),
         (7, 2, 3),
-        "slices tie axis 0 of the variable to itself with offsets -1, 0, 1; axis 1, 2 is coupled inside the blocks",
+        "every term ties axis 0 of the variable to itself with offsets -1, 0, 1; inside a block: axes 1, 2",
     ),
     "chains of blocks": (
         lambda u, x: torch.sqrt(steps(u).square().sum(2) + 1).sum() + near(u, x),
         (7, 2, 3),
-        "slices tie axis 0 of the variable to itself with offsets -1, 0, 1, separately for each entry of axis 1; "
-        "axis 2 is coupled inside the blocks",
+        "every term ties axis 0 of the variable to itself with offsets -1, 0, 1, separately for each entry of axis 1; "
+        "inside a block: axis 2",
+    ),
+    "a loop": (
+        lambda u, x: sum((u[t + 1] - u[t]) ** 2 for t in range(len(x) - 1)) + near(u, x),
+        (8,),
+        "every term ties axis 0 of the variable to itself with offsets -1, 0, 1",
     ),
     "a flat vector": (
         lambda u, x: steps(u.reshape(6, 2)).square().sum() + near(u, x),
         (12,),
-        "slices tie axis 0 of the variable to itself with offsets -1, 0, 1, separately for each entry of axis 1",
+        "every term ties axis 0 of the variable to itself with offsets -1, 0, 1, separately for each entry of axis 1",
     ),
 }
 
@@ -160,6 +166,7 @@ NOT_BANDED: dict[str, tuple[Objective, tuple[int, ...], str]] = {
     "single entries": (lambda u, x: torch.exp(u[0]) + u[-1] ** 4 + near(u, x), (6,), "diagonal"),
     "two columns": (lambda u, x: torch.exp(u[:, 0] * u[:, 1]).sum() + near(u, x), (6, 2), "block-diagonal"),
     "far entries": (lambda u, x: u[0] * u[3] + near(u, x), (6,), "low-rank-plus-diagonal"),
+    "few entries": (lambda u, x: u[0] * u[1] + u[1] * u[2] + near(u, x), (6,), "low-rank-plus-diagonal"),
     "a band and a sum": (
         lambda u, x: steps(u).square().sum() + u.sum() ** 2 + near(u, x),
         (6,),
@@ -202,19 +209,25 @@ def test_a_diagonal_that_may_be_zero_is_none() -> None:
     torch.testing.assert_close(gradient, torch.tensor([2.0, 1, 1, 1, 1]).double().expand(2, 5))
 
 
+@pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("length", [6, 90])
-def test_a_singular_band_with_both_ends_held(length: int) -> None:
-    """Differences alone: H has the null vector of ones, K is regular, and the solution is known."""
+def test_a_singular_band_with_both_ends_held(length: int, seen: bool) -> None:
+    """Differences alone: H has the null vector of ones, K is regular, and the solution is known.
 
-    def pull(u: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return 0.5 * steps(u).square().sum() - torch.dot(x, u)
+    Seen: the variables have terms of their own, so that H may be regular, with weights that are 0.
+    """
 
-    problem = declared(pull, lambda u, x, a, b: (u[0] - a, b - u[-1]))
+    def pull(u: Tensor, x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        own = (w * u).square().sum() if seen else w.sum()
+        return 0.5 * steps(u).square().sum() - torch.dot(x, u) + own
+
+    problem = declared(pull, lambda u, x, a, b, w: (u[0] - a, b - u[-1]))
     (x,) = series(length)
     a, b = torch.randn(2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     inputs = tuple(t.requires_grad_() for t in (x, a, b))
-    assert idf.explain(problem, *inputs).hessian.kind == "banded"
-    u = idf.DeclarativeLayer(solved(problem))(*inputs)
+    zeros = torch.zeros_like(x)
+    assert idf.explain(problem, *inputs, zeros).hessian.kind == "banded"
+    u = idf.DeclarativeLayer(solved(problem))(*inputs, zeros)
     # u is the solution of the Poisson equation on a line: linear in x, a and b
     inner = 2 * torch.eye(length - 2) - torch.ones(length - 3).diag(1) - torch.ones(length - 3).diag(-1)
     sides = torch.zeros(2, length - 2)
@@ -228,3 +241,28 @@ def test_a_singular_band_with_both_ends_held(length: int) -> None:
         torch.autograd.grad(u, inputs, v), torch.autograd.grad(exact, inputs, v), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", SINGULAR, ids=str)
+def test_a_singular_band_is_right(case: Case) -> None:
+    """For all inputs and for the multipliers, with a shared matrix or not, by finite differences too."""
+    for sizes in case.sizes:
+        problem = case.solvable()
+        inputs = tuple(x.requires_grad_() for x in case.make_inputs(seed=5, batch=3, sizes=sizes))
+        assert idf.explain(case.problem(), *inputs).hessian.kind == case.hessian
+        layer = idf.DeclarativeLayer(problem)
+        u = layer(*inputs)
+        v = torch.randn(u.shape, generator=torch.Generator().manual_seed(1), dtype=u.dtype)
+        actual = list(torch.autograd.grad(u, inputs, v, materialize_grads=True, allow_unused=True))
+        assert compare_modulo(actual, dense_vjp(problem, u, v, inputs, 0).leaves()) < 1e-9
+        assert torch.autograd.gradcheck(
+            lambda *t, layer=layer: tuple(layer.solve(*t).equality_multipliers), inputs, fast_mode=True
+        )
+
+
+@pytest.mark.parametrize("case", SINGULAR, ids=str)
+def test_a_singular_band_costs_no_more(case: Case) -> None:
+    """No dense matrix is formed where H + rho A'A is banded; only what fails first is done twice."""
+    found = [_cost(case, (length,))[1] for length in (1000, 2000)]
+    assert found[1].bytes < 2.1 * found[0].bytes
+    assert found[1].largest <= 2 * 2 * 3 * 2000, found[1].largest_operation

@@ -138,6 +138,26 @@ class Declared:
             for t in quadratic_terms(self.build, self.jacobians, self.lagrangian, written=written)
         ]
 
+    def anchor_terms(self, weight: Ref) -> list[Contribution]:
+        """weight A'A as labelled terms, for one variable."""
+        terms = []
+        for c in self.constraints:
+            for left in self.jacobians.of(c.value):
+                for right in self.jacobians.of(c.value):
+                    taken = {*left.columns, *right.columns}
+                    terms.append(
+                        Contribution(
+                            (0, 0),
+                            left.columns,
+                            right.columns,
+                            (weight, left.coefficient, right.coefficient),
+                            tuple(k for k in c.labels if k not in taken),
+                            left.places,
+                            right.places,
+                        )
+                    )
+        return terms
+
     @cached_property
     def dependent(self) -> Dependence | None:
         """The constraints that are proved to depend on each other."""

@@ -19,17 +19,17 @@ from implicitdiff.structure.forms import Band, Chain, Contribution, Entry, Form,
 
 @dataclass(frozen=True)
 class _Tie:
-    """column = row + offset along one axis; `single`: at one entry of the axis only, as u[0] makes it."""
+    """column = row + offset along one axis; `single`: in this row only, as u[0] makes it, None: in a slice of rows."""
 
     offset: int
-    single: bool
+    single: int | None = None
 
 
 def form_of(build: Builder, space: Space, terms: Sequence[Contribution]) -> Form | None:
     """The form of a matrix over one variable whose every term ties axes; None where that is not so.
 
-    Sums over one entry (u[0] u[3]) prove no width, since their offsets depend on the size of the axis: they have to fit
-    into the band that slices make.
+    A term of single entries (u[0] u[3]) alone proves no width: such terms have to fit into the band that slices make,
+    or be as many as a loop over the axis makes.
     """
     if len(space.names) != 1:
         return None
@@ -44,7 +44,7 @@ def form_of(build: Builder, space: Space, terms: Sequence[Contribution]) -> Form
         return None
     columns = list(zip(*ties, strict=True))
     groups = frozenset(k for k, c in enumerate(columns) if all(t is not None and t.offset == 0 for t in c))
-    reaches = {k: reach for k, c in enumerate(columns) if (reach := _reach(c)) > 0}
+    reaches = {k: reach for k, c in enumerate(columns) if (reach := _reach(c, space.sizes[0][k])) > 0}
     if reaches:
         return _banded(space, entry, groups, reaches, columns)
     if len(groups) == len(columns):
@@ -56,7 +56,7 @@ def form_of(build: Builder, space: Space, terms: Sequence[Contribution]) -> Form
             else None
         )
     if groups:
-        reason = f"every term ties axis {_listed(groups)} of the variable to itself"
+        reason = f"every term ties {_listed(groups)} of the variable to itself"
         return Form(space, ((entry,),), "block-diagonal", reason, groups)
     return None
 
@@ -76,7 +76,7 @@ def _ties(term: Contribution) -> tuple[_Tie | None, ...] | None:
         other_start, other_step = start_and_step(across)
         single = above is not None and across is not None and above[0] == across[0] == "index"
         if single or (row == column and step == other_step):
-            found.append(_Tie(other_start - start, single))
+            found.append(_Tie(other_start - start, start if single else None))
         elif above is not None or across is not None or row in term.columns or column in term.rows:
             return None
         else:
@@ -127,10 +127,20 @@ def _entry(
     )
 
 
-def _reach(ties: Sequence[_Tie | None]) -> int:
-    """How far slices reach along an axis; 0 where some term does not tie it, or single entries reach further."""
+LOOP = 3
+"""As many rows at least, and half of all rows, make single entries a band: a loop `for t in range(len(x) - 1)`."""
+
+
+def _reach(ties: Sequence[_Tie | None], size: int) -> int:
+    """How far slices and loops reach along an axis; 0 where some term does not tie it, or reaches further."""
     known = [t for t in ties if t is not None]
-    reach = max((abs(t.offset) for t in known if not t.single), default=0)
+    rows: dict[int, set[int]] = {}
+    for tie in known:
+        if tie.single is not None and tie.offset > 0:
+            rows.setdefault(tie.offset, set()).add(tie.single)
+    reach = max((abs(t.offset) for t in known if t.single is None), default=0)
+    loops = [offset for offset, found in rows.items() if len(found) >= max(LOOP, (size - offset) / 2)]
+    reach = max([reach, *loops])
     fits = all(abs(t.offset) <= reach for t in known)
     return reach if fits and len(known) == len(ties) else 0
 
@@ -152,13 +162,16 @@ def _banded(
     axis = min(reaches, key=lambda k: (entries(k), k))
     offsets = sorted({t.offset for t in columns[axis] if t is not None})
     inside = [k for k in range(len(sizes)) if k != axis and k not in groups]
-    reason = f"slices tie axis {axis} of the variable to itself with offsets {', '.join(map(str, offsets))}"
+    reason = (
+        f"every term ties axis {axis} of the variable to itself with offsets {', '.join(map(str, offsets))}"
+    )
     if groups:
-        reason += f", separately for each entry of axis {_listed(groups)}"
+        reason += f", separately for each entry of {_listed(groups)}"
     if inside:
-        reason += f"; axis {_listed(inside)} is coupled inside the blocks"
+        reason += f"; inside a block: {_listed(inside)}"
     return Form(space, ((entry,),), "banded", reason, groups, Chain(axis, reaches[axis]))
 
 
 def _listed(axes: Sequence[int] | frozenset[int]) -> str:
-    return ", ".join(map(str, sorted(axes)))
+    text = ", ".join(map(str, sorted(axes)))
+    return f"axis {text}" if len(axes) == 1 else f"axes {text}"

@@ -71,14 +71,16 @@ class StructuredPlan:
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null)
         floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
-        every = self._vjp("route", tuple(floating), False)
+        every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
         )
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
-        code = self._vjp("route", wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(self.declared, form, route, code.emitted.source)
+        code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
+        self.analysis: Analysis = report(
+            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
+        )
         self._contradiction: bool | None = None
 
     # ---------------------------------------------------------------- the point
@@ -133,7 +135,7 @@ class StructuredPlan:
         shifted = shift is not None
         if shift is not None:
             values["shift"] = shift
-        way: Way | None = "route"
+        way: Way | None = self.recipes.first
         while way is not None:
             function = self._kkt(shifted, way)
             out = function(values)
@@ -160,13 +162,16 @@ class StructuredPlan:
     def _next(self, way: Way, function: Written, out: tuple[Any, ...], status: Tensor) -> Way | None:
         """What to try after `way`: refinements where digits cancelled, K as one matrix where H or S is singular.
 
-        The last is for a singular H with a regular K, and for constraints that depend on each other by their values.
+        The last is for a singular H with a regular K, and for constraints that depend on each other by their values;
+        a singular H that is banded is anchored first, where that leaves it banded.
         """
         found = function.emitted.results
         if "cancelled" in found and out[found.index("cancelled")]:
             return "refined"
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
-        return "full" if not whole and bool((status == Status.SINGULAR).any()) else None
+        if whole or not bool((status == Status.SINGULAR).any()):
+            return None
+        return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
 
     def _verdicts(self, status: Any, u: Leaves) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8:
@@ -190,7 +195,7 @@ class StructuredPlan:
             need and leaf.placeholder.dtype.is_floating_point
             for need, leaf in zip(needs, theta_leaves, strict=True)
         )
-        way: Way | None = "route"
+        way: Way | None = self.recipes.first
         while way is not None:
             function = self._vjp(way, wanted, v_lam is not None)
             out = function(values)

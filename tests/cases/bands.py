@@ -163,6 +163,24 @@ class Ends(idf.Problem):
         return x.clone()
 
 
+class Held(idf.Problem):
+    """minimise over u  sum_t cosh(u_t+1 - u_t) - x'u + |w u|^2  s.t.  u_0 = a, u_T-1 = b: H may be singular."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def objective(self, u: Tensor, x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        own = (w * u).square().sum() if self.seen else w.sum()
+        return torch.cosh(u[1:] - u[:-1]).sum() - torch.dot(x, u) + own
+
+    def equality(self, u: Tensor, x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return u[0] - a, u[-1] - b
+
+    def init(self, x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return torch.linspace(0, 1, x.shape[0], dtype=x.dtype, device=x.device) * (b - a) + a
+
+
 class Circle(idf.Problem):
     """minimise over u  |differences|^2 + (u_0 - u_T-1)^2 + |u - x|^2: the ends meet, which is no band."""
 
@@ -177,6 +195,11 @@ def _bent(draw: Draw, sizes: Sizes) -> tuple[Tensor, ...]:
     x = draw.normal(*sizes)
     straight = torch.sqrt((0.8 * (x[..., 1:] - x[..., :-1])) ** 2 + 1).sum(-1)
     return x, straight
+
+
+def _held(draw: Draw, sizes: Sizes) -> tuple[Tensor, ...]:
+    x = draw.normal(*sizes)
+    return x, draw.normal(), draw.normal(), torch.zeros_like(x)
 
 
 CASES = (
@@ -306,5 +329,27 @@ CASES = (
         sizes=((6,), (4,), (3,)),
         hessian="low-rank-plus-diagonal",
         notes="falls back to products with selection matrices",
+    ),
+)
+
+# K is regular and H is not: Eqn. 3 as printed does not exist, so that these are no rows of the table.
+SINGULAR = (
+    Case(
+        name="held",
+        make_problem=lambda: Held(seen=False),
+        inputs=_held,
+        sizes=((7,), (4,), (3,)),
+        hessian="banded",
+        solvers=DENSE_KKT,
+        notes="differences do not see a constant: H + rho A'A in place of H",
+    ),
+    Case(
+        name="held-and-seen",
+        make_problem=lambda: Held(seen=True),
+        inputs=_held,
+        sizes=((7,), (4,)),
+        hessian="banded",
+        solvers=DENSE_KKT,
+        notes="the weights are 0 here: H is singular, but not for all inputs",
     ),
 )
