@@ -82,6 +82,15 @@ def test_long_chains_are_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(LONG))
+def test_shapes_without_data_give_the_same_explanation(name: str) -> None:
+    case, sizes, _ = LONG[name]
+    inputs = case.make_inputs(batch=2, sizes=sizes)
+    without = tuple(x.to("meta") for x in inputs)
+    found, expected = (idf.explain(case.problem(), *x, in_dims=case.in_dims) for x in (without, inputs))
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", list(LONG))
 def test_the_cost_grows_with_the_length(name: str) -> None:
     """Operations, bytes and peak at most double with T (the solvers end with a small dense block, a constant), and no
     tensor has more entries than the band.

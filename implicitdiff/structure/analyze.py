@@ -2,7 +2,7 @@
 
 In: `Contribution`s (a term of H or S: labels of its rows and columns, factors, summed labels). Out: a `Form`. A label
 that rows and columns share is a delta: all shared is diagonal, the same axes shared by every term is block-diagonal,
-factors that split into a row side and a column side are a low-rank term. Next file: `dependence.py`.
+factors that split into a row side and a column side are a low-rank term. Next file: `banded.py`.
 """
 
 from __future__ import annotations

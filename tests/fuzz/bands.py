@@ -1,7 +1,7 @@
 """Scalar terms that couple neighbours along one axis of u: their Hessian is banded, by construction.
 
-In: the scope, u in its layout, a `Band`. Out: the text of a scalar. Slices, torch.diff, narrow, strides and single
-entries; coupled along the other axes or not. Next: constraints.py.
+In: the scope, u in its layout, a `Band`. Out: the text of a scalar. Slices, torch.diff, narrow, strides, single
+entries and loops; coupled along the other axes or not. Next: constraints.py.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ def some_band(s: Scope, u: Value) -> Band | None:
 
 def neighbours(s: Scope, u: Value, band: Band) -> str:
     """phi(a combination of slices that start up to `reach` entries apart), summed over all or some axes first."""
+    if s.chance(0.1) and u.shape[band.axis] - band.reach > 2:
+        return _loop(s, u, band)
     v = _combination(s, u, band)
     while len(v.shape) > 1 and s.chance(0.35):
         v = contract(s, Value(s.let(v.text), v.shape, v.axes), s.rng.choice(_others(v, u, band)))
@@ -37,6 +39,14 @@ def neighbours(s: Scope, u: Value, band: Band) -> str:
             break
     v = pointwise(s, affine(s, v) if s.chance(0.4) else v)
     return weighted_total(s, v)
+
+
+def _loop(s: Scope, u: Value, band: Band) -> str:
+    """phi(u_k+reach - c u_k), one term for each k."""
+    t, moved = s.let(u.text), _index(band.axis, f"k + {band.reach}")
+    step = f"{t}[{moved}] - {s.data(())} * {t}[{_index(band.axis, 'k')}]"
+    phi = s.rng.choice(["torch.cosh({})", "({}) ** 2", "torch.nn.functional.softplus({})"]).format(step)
+    return f"sum(({phi}).sum() for k in range({u.shape[band.axis] - band.reach}))"
 
 
 def _others(v: Value, u: Value, band: Band) -> list[int]:
