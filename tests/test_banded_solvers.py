@@ -176,6 +176,25 @@ def test_singular_chains(order: int, dtype: torch.dtype) -> None:
     close(factorization.solve(rhs), expected, 1e3 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("inside", [1, 3])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singularity_is_seen_at_any_length(order: int, inside: int, dtype: torch.dtype) -> None:
+    """D'W D with random definite blocks W: rounding makes the last pivots positive or negative, never sound."""
+    stencil = np.diff(np.eye(order + 1), n=order, axis=0)[0]
+    for length in (order + 1, 7, 40, 300):
+        weights = Draw(8, seed=length).definite(length - order, inside)
+        values = torch.zeros(8, 1, 2 * order + 1, length, inside, inside, dtype=torch.float64)
+        for i in range(order + 1):
+            for j in range(order + 1):
+                values[:, 0, order + j - i, i : i + length - order] += stencil[i] * stencil[j] * weights
+        operator = chains(values.to(dtype), order)
+        factorization = SOLVERS[solver_for(operator)].factor(operator)
+        assert set(statuses(factorization)) == {Status.SINGULAR}, length
+        assert factorization.definite is not None
+        assert not factorization.definite.any()
+
+
 def test_a_long_singular_chain_is_lost_and_says_so() -> None:
     operator = differences(LARGEST_DENSE + 1, 1, 1.0, 0.0, torch.float64)
     regular = differences(LARGEST_DENSE + 1, 1, 1.0, 1.0, torch.float64)
