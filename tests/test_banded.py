@@ -275,3 +275,10 @@ def test_a_singular_band_costs_no_more(case: Case) -> None:
     found = [_cost(case, (length,))[1] for length in (1000, 2000)]
     assert found[1].bytes < 2.1 * found[0].bytes
     assert found[1].largest <= 2 * 2 * 3 * 2000, found[1].largest_operation
+
+
+def test_an_axis_beside_a_slice_can_be_split() -> None:
+    """A view of u asks for finer axes of x, which is read through a slice of another axis."""
+    problem = declared(lambda u, x, y: (u.reshape(2, 3) * y[1:].reshape(3, 2, 3)).sum() + near(u, x))
+    found = idf.explain(problem, *series(6), *series(4, 6))
+    assert (found.hessian.kind, found.fallbacks) == ("scaled-identity", ())
