@@ -155,6 +155,11 @@ REASONS: dict[str, tuple[Objective, tuple[int, ...], str]] = {
         (8,),
         "every term ties axis 0 of the variable to itself with offsets -1, 0, 1",
     ),
+    "reversed": (
+        lambda u, x: (u.flip(0)[1:] - torch.tanh(u.flip(0)[:-1])).square().sum() + near(u, x),
+        (8,),
+        "every term ties axis 0 of the variable to itself with offsets -1, 0, 1",
+    ),
     "a flat vector": (
         lambda u, x: steps(u.reshape(6, 2)).square().sum() + near(u, x),
         (12,),
@@ -166,8 +171,10 @@ REASONS: dict[str, tuple[Objective, tuple[int, ...], str]] = {
 @pytest.mark.parametrize("name", list(REASONS))
 def test_the_reason_is_in_plain_words(name: str) -> None:
     objective, shape, reason = REASONS[name]
-    found = idf.explain(declared(objective), *series(*shape))
+    problem, (x,) = declared(objective), series(*shape)
+    found = idf.explain(problem, x)
     assert (found.hessian.kind, found.hessian.reason) == ("banded", reason)
+    _check_gradient(problem, x)
 
 
 NOT_BANDED: dict[str, tuple[Objective, tuple[int, ...], str]] = {
@@ -192,6 +199,11 @@ NOT_BANDED: dict[str, tuple[Objective, tuple[int, ...], str]] = {
         "low-rank-plus-diagonal",
     ),
     "backwards": (lambda u, x: (u - 0.5 * u.flip(0)).square().sum() + near(u, x), (6,), "dense"),
+    "turned round": (
+        lambda u, x: torch.exp(0.2 * u * u.flip(0, 1)).sum() + (u * x.flip(1)).sum() + near(u, x),
+        (3, 4),
+        "dense",
+    ),
 }
 
 
@@ -199,7 +211,13 @@ NOT_BANDED: dict[str, tuple[Objective, tuple[int, ...], str]] = {
 def test_what_is_no_band(name: str) -> None:
     objective, shape, kind = NOT_BANDED[name]
     problem, (x,) = declared(objective), series(*shape)
-    assert idf.explain(problem, x).hessian.kind == kind
+    found = idf.explain(problem, x)
+    assert (found.hessian.kind, found.fallbacks) == (kind, ())
+    _check_gradient(problem, x)
+
+
+def _check_gradient(problem: idf.Problem, x: Tensor) -> None:
+    """Of u by x, against the dense formula."""
     x.requires_grad_()
     u = idf.DeclarativeLayer(solved(problem))(x)
     v = torch.randn(u.shape, generator=torch.Generator().manual_seed(1), dtype=u.dtype)

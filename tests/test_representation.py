@@ -1,6 +1,7 @@
 """The representation's normal forms, derivatives and emission, on expressions small enough to check by hand."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -189,11 +190,13 @@ def test_contractions_equal_einsum(sizes: tuple[int, int]) -> None:
             torch.testing.assert_close(got, torch.einsum(f"zij,jk,zki->z{''.join(kept)}", *data))
 
 
-PLACES: list[tuple[Place, slice | int]] = [
+PLACES: list[tuple[Place, Any]] = [
     (("slice", 1, 1, 3), slice(1, 4)),
     (("slice", 0, 1, 3), slice(0, 3)),
     (("slice", 2, 1, 3), slice(2, 5)),
     (("slice", 0, 2, 3), slice(0, 5, 2)),
+    (("slice", 3, -1, 3), [3, 2, 1]),
+    (("slice", 4, -2, 3), [4, 2, 0]),
     (("index", 2), 2),
     (("index", 4), 4),
 ]
@@ -201,7 +204,7 @@ PLACES: list[tuple[Place, slice | int]] = [
 
 @pytest.mark.parametrize(("place", "where"), PLACES)
 @pytest.mark.parametrize("prefix", [BATCHED, UNBATCHED])
-def test_a_padded_slice_lies_at_its_place(place: Place, where: slice | int, prefix: int) -> None:
+def test_a_padded_slice_lies_at_its_place(place: Place, where: Any, prefix: int) -> None:
     """Along the first, the last and both axes; also a number, which is constant along the slice."""
     lead, count = (2,) if prefix else (), 3 if place[0] == "slice" else 1
     for axes in ([0], [1], [0, 1]):
@@ -213,20 +216,21 @@ def test_a_padded_slice_lies_at_its_place(place: Place, where: slice | int, pref
         value = along(own, *(inner[k] for k in kept))
         whole = [(place, inner[k] if count > 1 else None, outer[k]) for k in axes]
         data = torch.randn((*lead, *(build.labels.sizes[k] for k in value.labels)), dtype=torch.float64)
-        expected = torch.zeros(*lead, 5, 5, dtype=torch.float64)
-        at = (..., *(where if k in axes else slice(None) for k in range(2)))
-        expected[at] = 3.0 * data
+        rows, columns = (
+            torch.eye(5, dtype=torch.float64)[where if k in axes else slice(None)].reshape(-1, 5)
+            for k in range(2)
+        )
+        matrix = data.reshape(*lead, len(rows), len(columns))
         padded = pad(build, build.scale(3.0, value), whole, outer)
-        assert torch.equal(evaluate(build, padded, tuple(outer), x=data), expected)
-        number = pad(build, build.number(3.0), whole, outer)
-        expected = torch.zeros(5, 5, dtype=torch.float64)
-        expected[at] = 3.0
-        got = evaluate(build, number, tuple(outer), x=data)
-        assert torch.equal(got.expand(5, 5), expected)
+        got = evaluate(build, padded, tuple(outer), x=data)
+        torch.testing.assert_close(got, rows.mT @ (3.0 * matrix) @ columns, rtol=0, atol=1e-15)
+        number = pad(build, build.number(3.0), [whole[0]], outer)
+        got = evaluate(build, number, (outer[axes[0]],), x=data)
+        assert torch.equal(got, 3.0 * (columns if axes == [1] else rows).sum(0))
 
 
 @pytest.mark.parametrize(("place", "where"), PLACES)
-def test_a_selection_matrix_is_rows_of_the_identity(place: Place, where: slice | int) -> None:
+def test_a_selection_matrix_is_rows_of_the_identity(place: Place, where: Any) -> None:
     build = Builder()
     column = build.labels.new(5)
     row = build.labels.new(3) if place[0] == "slice" else None

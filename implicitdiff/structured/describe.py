@@ -92,7 +92,8 @@ class Notebook:
         if spec[0] != "slice":
             return ":" if spec[0] == "all" else str(spec[1])
         start, step, count = spec[1:]
-        return f"{start}:{start + step * count}" + (f":{step}" if step != 1 else "")
+        end = start + step * count
+        return f"{start}:{end if end >= 0 else ''}" + (f":{step}" if step != 1 else "")
 
     def _product(self, ref: Ref) -> str:
         coefficient, factors = self.build.split(ref)
