@@ -1,11 +1,13 @@
 """One small problem for each structure of the Hessian, so that each solver has one it is right for.
 
-In: nothing. Out: five problems. Next: `test_second_order.py`, which takes each down its path.
+In: nothing. Out: seven problems. Next: `test_second_order.py`, which takes each down its path.
 """
 
 import torch
 
 import implicitdiff as idf
+
+WEIGHTS = torch.tensor([[0.6, -0.3], [0.2, 0.5]], dtype=torch.float64)
 
 
 class Separable(idf.Problem):  # H is diagonal
@@ -23,6 +25,32 @@ class Rows(idf.Problem):
         return (torch.cosh(u.sum(1)) + ((u - x) ** 2).sum(1) + 0.1 * (u**4).sum(1)).sum()
 
     def init(self, x):
+        return torch.zeros_like(x)
+
+
+class Chain(idf.Problem):
+    """Neighbours are coupled: H is banded, block tridiagonal for the rows of a matrix."""
+
+    def objective(self, u, x):
+        steps = u[1:] - torch.sin(u[:-1]) if u.dim() == 1 else u[1:] - torch.sin(u[:-1]) @ WEIGHTS
+        return torch.cosh(0.7 * steps).sum() + ((u - x) ** 2).sum() + 0.2 * torch.exp(u[0]).sum()
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+
+class Bent(idf.Problem):
+    """Second differences, with one constraint: H is banded with two diagonals to each side."""
+
+    def objective(self, u, x, c):
+        return (
+            torch.cosh(u[2:] - 2 * u[1:-1] + u[:-2]).sum() + 0.5 * ((u - x) ** 2).sum() + 0.1 * (u**4).sum()
+        )
+
+    def equality(self, u, x, c):
+        return (u + 0.2 * torch.sin(u)).sum() - c
+
+    def init(self, x, c):
         return torch.zeros_like(x)
 
 

@@ -1,6 +1,7 @@
 """The representation's normal forms, derivatives and emission, on expressions small enough to check by hand."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calculus import adjoints, partial, tangent
 from implicitdiff.graph.emit import Emitter, Output
 from implicitdiff.graph.ir import BATCHED, UNBATCHED, Ref, Unsupported
+from implicitdiff.graph.maps import Place, pad, selection, shift
 
 
 def leaf(build: Builder, name: str, *sizes: int, prefix: int = BATCHED) -> Ref:
@@ -186,3 +188,75 @@ def test_contractions_equal_einsum(sizes: tuple[int, int]) -> None:
             data = [t.double() for t in data]
             got = evaluate(build, ref, tuple(names[s] for s in kept), a=data[0], b=data[1], c=data[2])
             torch.testing.assert_close(got, torch.einsum(f"zij,jk,zki->z{''.join(kept)}", *data))
+
+
+PLACES: list[tuple[Place, Any]] = [
+    (("slice", 1, 1, 3), slice(1, 4)),
+    (("slice", 0, 1, 3), slice(0, 3)),
+    (("slice", 2, 1, 3), slice(2, 5)),
+    (("slice", 0, 2, 3), slice(0, 5, 2)),
+    (("slice", 3, -1, 3), [3, 2, 1]),
+    (("slice", 4, -2, 3), [4, 2, 0]),
+    (("index", 2), 2),
+    (("index", 4), 4),
+]
+
+
+@pytest.mark.parametrize(("place", "where"), PLACES)
+@pytest.mark.parametrize("prefix", [BATCHED, UNBATCHED])
+def test_a_padded_slice_lies_at_its_place(place: Place, where: Any, prefix: int) -> None:
+    """Along the first, the last and both axes; also a number, which is constant along the slice."""
+    lead, count = (2,) if prefix else (), 3 if place[0] == "slice" else 1
+    for axes in ([0], [1], [0, 1]):
+        build = Builder()
+        outer = [build.labels.new(5), build.labels.new(5)]
+        inner = [build.labels.new(count) if k in axes else outer[k] for k in range(2)]
+        kept = [k for k in range(2) if count > 1 or k not in axes]
+        own = leaf(build, "x", *(build.labels.sizes[inner[k]] for k in kept), prefix=prefix)
+        value = along(own, *(inner[k] for k in kept))
+        whole = [(place, inner[k] if count > 1 else None, outer[k]) for k in axes]
+        data = torch.randn((*lead, *(build.labels.sizes[k] for k in value.labels)), dtype=torch.float64)
+        rows, columns = (
+            torch.eye(5, dtype=torch.float64)[where if k in axes else slice(None)].reshape(-1, 5)
+            for k in range(2)
+        )
+        matrix = data.reshape(*lead, len(rows), len(columns))
+        padded = pad(build, build.scale(3.0, value), whole, outer)
+        got = evaluate(build, padded, tuple(outer), x=data)
+        torch.testing.assert_close(got, rows.mT @ (3.0 * matrix) @ columns, rtol=0, atol=1e-15)
+        number = pad(build, build.number(3.0), [whole[0]], outer)
+        got = evaluate(build, number, (outer[axes[0]],), x=data)
+        assert torch.equal(got, 3.0 * (columns if axes == [1] else rows).sum(0))
+
+
+@pytest.mark.parametrize(("place", "where"), PLACES)
+def test_a_selection_matrix_is_rows_of_the_identity(place: Place, where: Any) -> None:
+    build = Builder()
+    column = build.labels.new(5)
+    row = build.labels.new(3) if place[0] == "slice" else None
+    made = selection(build, place, row, column)
+    order = (column,) if row is None else (row, column)
+    assert torch.equal(evaluate(build, made, order, x=torch.ones(2)), torch.eye(5)[where])
+
+
+@pytest.mark.parametrize("offset", [-2, -1, 0, 3])
+def test_a_shift_has_ones_where_the_column_is_the_row_plus_the_offset(offset: int) -> None:
+    build = Builder()
+    row, column = build.labels.new(4), build.labels.new(4)
+    made = shift(build, row, column, offset)
+    assert torch.equal(
+        evaluate(build, made, (row, column), x=torch.ones(2)), torch.ones(4 - abs(offset)).diag(offset)
+    )
+
+
+def test_what_is_padded_is_not_differentiated_silently() -> None:
+    """Pads stand in derivatives only; a derivative through one is refused, not taken for 0."""
+    build = Builder()
+    x = leaf(build, "x", 3)
+    outer = build.labels.new(4)
+    padded = pad(build, x, [(("slice", 1, 1, 3), x.labels[0], outer)])
+    total = build.con(build.power(padded, 2.0), [outer])
+    with pytest.raises(Unsupported, match="pad has no derivative rule"):
+        adjoints(build, total, frozenset([x.node.id]))
+    with pytest.raises(Unsupported, match="pad has no derivative rule"):
+        tangent(build, total, {x.node.id: Ref(leaf(build, "w", 3).node, x.node.axes)})

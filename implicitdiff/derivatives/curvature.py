@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from implicitdiff.derivatives.jacobian import Jacobians
+from implicitdiff.derivatives.jacobian import Jacobians, Places
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calculus import adjoints, partial, sources
 from implicitdiff.graph.ir import Label, Node, Ref, reachable
@@ -18,7 +18,10 @@ from implicitdiff.graph.ir import Label, Node, Ref, reachable
 
 @dataclass(frozen=True)
 class QuadraticTerm:
-    """sum over `summed` of row * middle * column; a label in both `rows` and `columns` is a delta."""
+    """sum over `summed` of row * middle * column; a label in both `rows` and `columns` is a delta.
+
+    An axis with a place runs along a slice of its variable's axis (`JacobianTerm`).
+    """
 
     row_leaf: Node
     rows: tuple[Label, ...]
@@ -28,25 +31,35 @@ class QuadraticTerm:
     middle: Ref
     column: Ref
     summed: tuple[Label, ...]
+    row_places: Places
+    column_places: Places
 
 
-def quadratic_terms(build: Builder, jacobians: Jacobians, root: Ref) -> list[QuadraticTerm]:
-    """The terms of the second derivative of the scalar `root` by the variables."""
+def quadratic_terms(
+    build: Builder, jacobians: Jacobians, root: Ref, *, written: bool = False
+) -> list[QuadraticTerm]:
+    """The terms of the second derivative of the scalar `root` by the variables; `written`: without places."""
     variables = jacobians.variables
     weights = adjoints(build, root, variables)
-    terms = _pairs(build, jacobians, root, build.number(1.0), ())
+    terms = _pairs(build, jacobians, root, build.number(1.0), (), written)
     for node in reachable([root.node]):
         if node.op == "con" and node.id in weights:
             ref = build.self_ref(node)
             (body,), bound = build.open(ref)
-            terms += _pairs(build, jacobians, body, weights[node.id], (*ref.labels, *bound))
+            terms += _pairs(build, jacobians, body, weights[node.id], (*ref.labels, *bound), written)
     return terms
 
 
 def _pairs(
-    build: Builder, jacobians: Jacobians, body: Ref, weight: Ref, scope: tuple[Label, ...]
+    build: Builder,
+    jacobians: Jacobians,
+    body: Ref,
+    weight: Ref,
+    scope: tuple[Label, ...],
+    written: bool,
 ) -> list[QuadraticTerm]:
     terms = []
+    derivatives = jacobians.written if written else jacobians.of
     found = sources(build, body, jacobians.variables)
     for a in found:
         slope = partial(build, body, a)
@@ -57,8 +70,8 @@ def _pairs(
             middle = build.times(weight, bend)
             if build.is_zero(middle):
                 continue
-            for left in jacobians.of(a):
-                for right in jacobians.of(b):
+            for left in derivatives(a):
+                for right in derivatives(b):
                     taken = {*left.columns, *right.columns}
                     terms.append(
                         QuadraticTerm(
@@ -70,6 +83,8 @@ def _pairs(
                             middle,
                             right.coefficient,
                             tuple(k for k in scope if k not in taken),
+                            left.places,
+                            right.places,
                         )
                     )
     return terms

@@ -13,13 +13,13 @@ from functools import cached_property
 from implicitdiff.derivatives.curvature import quadratic_terms
 from implicitdiff.derivatives.jacobian import Jacobians, JacobianTerm
 from implicitdiff.graph.build import Builder
-from implicitdiff.graph.calculus import adjoints, selection, tangent
+from implicitdiff.graph.calculus import adjoints, tangent
 from implicitdiff.graph.ir import BATCHED, Label, Ref, Unsupported
+from implicitdiff.graph.maps import pad
 from implicitdiff.graph.translate import Block, Leaf, Program
 from implicitdiff.graph.values import shape
-from implicitdiff.structure.analyze import Contribution
 from implicitdiff.structure.dependence import Constraint, Dependence, Row, find
-from implicitdiff.structure.forms import Space
+from implicitdiff.structure.forms import Contribution, Space
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Declared:
             name = (
                 f"{name}[{':, ' * block.dim}{block.offset}{'' if size == 1 else f':{block.offset + size}'}]"
             )
-        return Constrained(name, block, block.value.ref, labels, tuple(self.jacobians.of(block.value.ref)))
+        return Constrained(
+            name, block, block.value.ref, labels, tuple(self.jacobians.written(block.value.ref))
+        )
 
     # ---------------------------------------------------------------- multiplier-shaped leaves
 
@@ -114,7 +116,14 @@ class Declared:
 
     @cached_property
     def hessian_terms(self) -> list[Contribution]:
-        """H = D_uu L as labelled terms."""
+        """H = D_uu L as labelled terms; slices of a variable are deltas with places."""
+        return self._hessian_terms(written=False)
+
+    def written_hessian_terms(self) -> list[Contribution]:
+        """H = D_uu L as labelled terms; slices of a variable are products with selection matrices."""
+        return self._hessian_terms(written=True)
+
+    def _hessian_terms(self, *, written: bool) -> list[Contribution]:
         index = {leaf.node.id: k for k, leaf in enumerate(self.variables)}
         return [
             Contribution(
@@ -123,9 +132,31 @@ class Declared:
                 t.columns,
                 (t.row, t.middle, t.column),
                 t.summed,
+                t.row_places,
+                t.column_places,
             )
-            for t in quadratic_terms(self.build, self.jacobians, self.lagrangian)
+            for t in quadratic_terms(self.build, self.jacobians, self.lagrangian, written=written)
         ]
+
+    def anchor_terms(self, weight: Ref) -> list[Contribution]:
+        """weight A'A as labelled terms, for one variable."""
+        terms = []
+        for c in self.constraints:
+            for left in self.jacobians.of(c.value):
+                for right in self.jacobians.of(c.value):
+                    taken = {*left.columns, *right.columns}
+                    terms.append(
+                        Contribution(
+                            (0, 0),
+                            left.columns,
+                            right.columns,
+                            (weight, left.coefficient, right.coefficient),
+                            tuple(k for k in c.labels if k not in taken),
+                            left.places,
+                            right.places,
+                        )
+                    )
+        return terms
 
     @cached_property
     def dependent(self) -> Dependence | None:
@@ -156,21 +187,16 @@ class Declared:
             if node.id == leaf.node.id:
                 pieces.append(ref.rename(dict(zip(node.axes, labels, strict=True))))
             elif node.op == "view" and node.args[0].node.id == leaf.node.id:
-                factors = [ref]
                 names: dict[Label, Label] = {}
+                axes = []
                 for (spec, own, row), label in zip(
                     build.view_axes(build.self_ref(node)), labels, strict=True
                 ):
                     if spec[0] == "all":
                         names[own] = label
-                        continue
-                    factors.append(selection(build, spec, build.labels.sizes[own], row, label))
-                summed = [
-                    row
-                    for _, _, row in build.view_axes(build.self_ref(node))
-                    if row is not None and row not in names
-                ]
-                pieces.append(build.con(build.times(*factors), summed).rename(names))
+                    else:
+                        axes.append((spec, row, label))
+                pieces.append(pad(build, ref.rename(names), axes, labels))
         return [p for p in pieces if not build.is_zero(p)]
 
     def constraint_tangent(self, constraint: Constrained, directions: Sequence[Ref]) -> Ref:

@@ -2,7 +2,7 @@
 
 In: refs and numbers. Out: refs. `x x^-1 = 1`, equal refs merge, powers add, constants fold, sums distribute over
 additions, factors leave a sum that they do not take part in, and |a|^2 - 2 a'b + |b|^2 becomes |a - b|^2.
-Next file: `calculus.py`.
+Next files: `maps.py`, `calculus.py`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from implicitdiff.graph.build import Builder, Spec
-from implicitdiff.graph.ir import UNBATCHED, Label, Ref, Unsupported, reachable
+from implicitdiff.graph.build import Builder
+from implicitdiff.graph.ir import Ref, Unsupported, reachable
 
 POINTWISE = ("prod", "add", "fn")
 """Operations that act entry by entry; everything else is a source of the expressions above it."""
@@ -106,12 +106,6 @@ def chain(build: Builder, ref: Ref, args: tuple[Ref, ...], inner: list[Ref]) -> 
     return build.add(terms)
 
 
-def selection(build: Builder, spec: Spec, size: int, row: Label | None, column: Label) -> Ref:
-    """d view / d leaf along one axis of `size` entries: rows of the identity, or a unit vector where `row` is None."""
-    rows = [] if row is None else [row]
-    return build.make("select", (spec, size), (), [*rows, column], prefix=UNBATCHED)
-
-
 def sources(build: Builder, body: Ref, leaves: frozenset[int]) -> list[Ref]:
     """The distinct uses of leaves and sums in a pointwise expression that depend on one of `leaves`."""
     found: dict[Ref, None] = {}
@@ -165,7 +159,7 @@ def tangent(
         args, _ = build.open(ref)
         result = chain(build, ref, args, [tangent(build, a, directions, memo) for a in args])
     else:
-        result = build.number(0.0)
+        raise Unsupported(f"{node.op} has no derivative rule")
     memo[ref] = result
     return result
 
@@ -201,3 +195,5 @@ def adjoints(build: Builder, root: Ref, leaves: frozenset[int]) -> dict[int, Ref
             ref = build.self_ref(node)
             (body,), bound = build.open(ref)
             spread(body, result[node.id], [*ref.labels, *bound])
+        elif node.op not in ("leaf", "view"):
+            raise Unsupported(f"{node.op} has no derivative rule")

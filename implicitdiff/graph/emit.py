@@ -184,7 +184,7 @@ class Emitter:
     def _emit_view(self, node: Node) -> Variable:
         (leaf,) = node.args
         inner = self.operand(leaf)
-        text = []
+        text, reversed_rows = [], []
         specs = dict(zip(leaf.labels, node.data, strict=True))
         row_of = {own: row for _, own, row in self.build.view_axes(Ref(node, node.axes), node.args[0])}
         layout = []
@@ -195,12 +195,15 @@ class Emitter:
             elif spec[0] == "index":
                 text.append(str(spec[1]))
             else:
-                start, step, count = spec[1:]
+                start, step, count = _forward(spec)
                 text.append(f"{start}:{start + step * (count - 1) + 1}" + (f":{step}" if step != 1 else ""))
             row = row_of[label]
+            if row is not None and spec[0] == "slice" and spec[2] < 0:
+                reversed_rows.append(row)
             if row is not None:
                 layout.append(row)
-        return self.store(node, f"{inner.text}[..., {', '.join(text)}]", layout)
+        flips = [layout.index(row) - len(layout) for row in reversed_rows]
+        return self.store(node, f"{inner.text}[..., {', '.join(text)}]{_flipped(flips)}", layout)
 
     def _emit_prod(self, node: Node) -> Variable:
         coefficient, powers = node.data
@@ -306,15 +309,41 @@ class Emitter:
         )
 
     def _emit_select(self, node: Node) -> Variable:
-        spec, size = node.data
-        rows = (
-            str(spec[1])
-            if spec[0] == "index"
-            else f"{spec[1]}:{spec[1] + spec[2] * (spec[3] - 1) + 1}:{spec[2]}"
-        )
-        return self.store(
-            node, f"torch.eye({size}, dtype={self.like}.dtype, device={self.like}.device)[{rows}]", node.axes
-        )
+        (_, start, step, count), size = node.data
+        rows = f"torch.arange({start}, {start + step * count}, {step}, device={self.like}.device)"
+        columns = f"torch.arange({size}, device={self.like}.device)"
+        return self.store(node, f"({rows}[:, None] == {columns}).to({self.like}.dtype)", node.axes)
+
+    def _emit_shift(self, node: Node) -> Variable:
+        ones = f"{self.like}.new_ones({node.sizes[0] - abs(node.data)})"
+        return self.store(node, f"{ones}.diag_embed({node.data})", node.axes)
+
+    def _emit_pad(self, node: Node) -> Variable:
+        (inner,) = node.args
+        hidden = iter(node.bound)
+        order = [
+            own if spec[0] == "all" else next(hidden) for spec, own in zip(node.data, node.axes, strict=True)
+        ]
+        text = self.expanded(inner, order, inner.node.prefix)
+        back = [k for k, spec in enumerate(node.data) if spec[0] == "slice" and spec[2] < 0]
+        text = f"{bracket(text)}{_flipped([k - len(order) for k in back])}" if back else text
+        ends: list[int] = []
+        for axis, (spec, size) in enumerate(zip(node.data, node.sizes, strict=True)):
+            start, step, count = (0, 1, size) if spec[0] == "all" else _forward((*spec, 1, 1))
+            last = start + step * (count - 1)
+            if step == 1:
+                ends = [start, size - 1 - last, *ends]
+                continue
+            # torch pads at the ends only: entries that are apart are written into zeros
+            values, dim = self.temporary(text), inner.node.prefix + axis
+            zeros = f"{values}.new_zeros((*{values}.shape[:{dim}], {size}, *{values}.shape[{dim + 1}:]))"
+            text = f"torch.slice_scatter({zeros}, {values}, {dim}, {start}, {last + 1}, {step})"
+            ends = [0, 0, *ends]
+        while ends and ends[-2:] == [0, 0]:
+            ends = ends[:-2]
+        if ends:
+            text = f"torch.nn.functional.pad({text}, ({', '.join(map(str, ends))}))"
+        return self.store(node, text, node.axes)
 
     def _emit_hold(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])
@@ -330,6 +359,16 @@ class Emitter:
         ]
         taken = name is None or any(name == target for target, _ in self.lines)
         return self.store(node, template.format(*parts), node.axes, None if taken else name)
+
+
+def _forward(spec: Sequence[Any]) -> tuple[int, int, int]:
+    """start, step > 0 and count of the same entries, in ascending order."""
+    start, step, count = spec[1:4]
+    return (start, step, count) if step > 0 else (start + step * (count - 1), -step, count)
+
+
+def _flipped(dims: Sequence[int]) -> str:
+    return f".flip({', '.join(map(str, dims))})" if dims else ""
 
 
 def call(

@@ -43,6 +43,11 @@ def feeders(build: Builder, ref: Ref, label: Label) -> set[tuple[str, int]]:
         return {(ref.node.data[0], ref.labels.index(label))}
     if ref.node.op == "eye":
         return {(ref.node.data, 0)}
+    if ref.node.op == "view":
+        (leaf,), _ = build.open(ref)
+        if any(row == label and spec[0] != "all" for spec, _, row in build.view_axes(ref, leaf)):
+            raise Unsupported("an axis of a slice cannot be split")
+        return feeders(build, leaf, label)  # an axis that is not sliced is the leaf's own
     if ref.node.op not in REBUILT:
         raise Unsupported(f"an axis of a {ref.node.op} cannot be split")
     found: set[tuple[str, int]] = set()

@@ -6,7 +6,8 @@ have the variable's own axes outside. Next file: `route.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,7 +15,8 @@ from implicitdiff import operators
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.emit import call
 from implicitdiff.graph.ir import BATCHED, UNBATCHED, Label, Ref, Unsupported
-from implicitdiff.structure.forms import Entry, Form, LowRankTerm, Space
+from implicitdiff.graph.maps import shift
+from implicitdiff.structure.forms import Band, Entry, Form, LowRankTerm, Space
 
 
 def flat_text(sizes: Sequence[Sequence[int]]) -> str:
@@ -98,8 +100,17 @@ def written_out(build: Builder, entry: Entry, rows: Sequence[Label], columns: Se
     pieces = [*entry.dense, *(product(build, t) for t in entry.low_rank)]
     for axes, ref in entry.partial:
         pieces.append(build.times(ref, *(build.eye(rows[k], columns[k]) for k in sorted(axes))))
+    pieces += [deltas(build, band, rows, columns, range(len(rows))) for band in entry.bands]
     total = build.plus(*pieces) if pieces else None
     return None if total is None or build.is_zero(total) else total
+
+
+def deltas(
+    build: Builder, band: Band, rows: Sequence[Label], columns: Sequence[Label], axes: Iterable[int]
+) -> Ref:
+    """The value of a term, its ties along `axes` written out as matrices."""
+    ties = [(rows[k], columns[k], offset) for k in axes if (offset := band.offsets[k]) is not None]
+    return build.times(band.value, *(shift(build, *tie) for tie in ties))
 
 
 def dense_block(
@@ -190,6 +201,8 @@ def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
         return call(build, f"operators.Diagonal({flat_text(space.sizes)})", args, (), BATCHED)
     if kind == "block-diagonal":
         return _block_diagonal(build, form)
+    if kind == "banded":
+        return _banded(build, form)
     if kind == "low-rank-plus-diagonal":
         return _low_rank(build, form)
     whole = dense_matrix(build, form)
@@ -200,12 +213,7 @@ def _block_diagonal(build: Builder, form: Form) -> Ref:
     rows, columns = form.space.rows[0], form.space.columns[0]
     shared = sorted(form.shared)
     inside = [k for k in range(len(rows)) if k not in form.shared]
-    pieces = []
-    for axes, ref in form.entry.partial:
-        extra = [build.eye(rows[k], columns[k]) for k in sorted(axes) if k not in form.shared]
-        pieces.append(build.times(ref, *extra))
-    if form.entry.diagonal is not None:
-        pieces.append(build.times(form.entry.diagonal, *(build.eye(rows[k], columns[k]) for k in inside)))
+    pieces = [deltas(build, band, rows, columns, inside) for band in form.entry.tied(len(rows))]
     order = [*(rows[k] for k in shared), *(rows[k] for k in inside), *(columns[k] for k in inside)]
     text = "{0}" if len(shared) == 1 else f"{{0}}.flatten(1, {len(shared)})"
     if len(inside) > 1:
@@ -218,6 +226,37 @@ def _block_diagonal(build: Builder, form: Form) -> Ref:
         (),
         BATCHED,
     )
+
+
+def _banded(build: Builder, form: Form) -> Ref:
+    """One tensor for each place of the band, over (chains, rows along it, rows and columns inside a block)."""
+    rows, columns, chain = form.space.rows[0], form.space.columns[0], form.chain
+    assert chain is not None
+    chains, inside = sorted(form.shared), _inside(form)
+    places: list[list[Ref]] = [[] for _ in range(2 * chain.reach + 1)]
+    for band in form.entry.tied(len(rows)):
+        offset = band.offsets[chain.axis]
+        assert offset is not None
+        places[chain.reach + offset].append(deltas(build, band, rows, columns, inside))
+    order = [
+        *(rows[k] for k in (*chains, chain.axis, *inside)),
+        *(columns[k] for k in inside),
+    ]
+    bands = ", ".join(f"{{{k}}}" for k in range(len(places)))
+    return call(
+        build,
+        f"operators.Banded(saddle.bands(({bands}), {len(chains)}, {len(inside)}), {tuple(form.space.sizes[0])}, "
+        f"{chain.axis}, {tuple(chains)}, {chain.reach}, {chain.reach})",
+        [(build.plus(*refs), order, BATCHED) for refs in places],
+        (),
+        BATCHED,
+    )
+
+
+def _inside(form: Form) -> list[int]:
+    """The axes inside the blocks of a banded form."""
+    axis = form.chain.axis if form.chain is not None else -1
+    return [k for k in range(len(form.space.sizes[0])) if k != axis and k not in form.shared]
 
 
 def _low_rank(build: Builder, form: Form) -> Ref:
@@ -292,6 +331,14 @@ def meta_operator(
             inside *= 1 if k in form.shared else s
         return operators.BlockDiagonal(
             empty(size // inside, inside, inside), tuple(sizes), tuple(sorted(form.shared))
+        )
+    if kind == "banded" and form.chain is not None:
+        sizes, chain = form.space.sizes[0], form.chain
+        inside = math.prod(sizes[k] for k in _inside(form))
+        count = size // (sizes[chain.axis] * inside)
+        bands = empty(count, 2 * chain.reach + 1, sizes[chain.axis], inside, inside)
+        return operators.Banded(
+            bands, sizes, chain.axis, tuple(sorted(form.shared)), chain.reach, chain.reach
         )
     if kind == "low-rank-plus-diagonal":
         k = rank_of(build, form)

@@ -19,8 +19,8 @@ from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.ir import Label, Ref, Unsupported
 from implicitdiff.kkt import lowering
 from implicitdiff.structure import dependence
-from implicitdiff.structure.analyze import Contribution, classify
-from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.structure.analyze import classify
+from implicitdiff.structure.forms import Contribution, Entry, Form
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def _pair(
     return Contribution(block, rows, tuple(axes), tuple(factors), tuple(summed))
 
 
+STRUCTURED = ("woodbury", "block-cholesky", "tridiagonal", "banded-cholesky", "divide", "cg")
+"""Solvers that use the form of H; the others are given its dense twin."""
 DENSE_BYTES = 2**31
 """Above this the matrix of one sample is not formed: products with it only."""
 
@@ -180,7 +182,7 @@ class RouteFinder:
     def _hessian_solver(self, form: Form, linear_solver: str) -> tuple[str, solvers.Choice]:
         operator = lowering.meta_operator(self.build, form, form.kind, self.dtype)
         choice = solvers.choose(operator, linear_solver)
-        structured = choice.solver.name in ("woodbury", "block-cholesky", "divide", "cg")
+        structured = choice.solver.name in STRUCTURED
         bytes_needed = operator.size**2 * self.dtype.itemsize
         if not structured and bytes_needed > DENSE_BYTES and linear_solver == "auto":
             needed = f"its {operator.size} x {operator.size} matrix would take {bytes_needed / 2**30:.1f} GiB a sample"

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicitdiff import operators, solvers
 from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.kkt.formula import Steps, range_space
-from implicitdiff.solvers.base import Factorization
+from implicitdiff.solvers.base import Factorization, from_columns, to_columns
 from implicitdiff.status import Status
 
 
@@ -38,6 +38,21 @@ def grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """Blocks (B or 1, ., .) joined to one matrix (B, ., .)."""
     batch = max(block.shape[0] for row in rows for block in row)
     return torch.cat([torch.cat([b.expand(batch, -1, -1) for b in row], dim=-1) for row in rows], dim=-2)
+
+
+def bands(diagonals: Sequence[Tensor], chains: int, inside: int) -> Tensor:
+    """(B, chains, width, places, s, s) from one tensor (B or 1, *chains, places, *rows, *columns) for each diagonal.
+
+    `chains` and `inside` are the numbers of axes that number the chains, and the rows (and columns) inside a block.
+    """
+    shape = torch.broadcast_shapes(*(d.shape for d in diagonals))
+    places = shape[1 + chains]
+    size = shape[2 + chains : 2 + chains + inside].numel()
+    flat = [
+        d.expand(shape).reshape(shape[0], shape[1 : 1 + chains].numel(), places, size, size)
+        for d in diagonals
+    ]
+    return torch.stack(flat, dim=2)
 
 
 def merged(*status: Tensor) -> Tensor:
@@ -116,9 +131,11 @@ class FullKKT:
         lead = a.shape[:-1]
         rhs = torch.cat([a, b.expand(*lead, -1)], dim=-1)
         if self._dense is not None:
-            columns = rhs.reshape(-1, *rhs.shape[-2:]).expand(-1, self.batch, -1).permute(1, 2, 0)
-            found, self.status = self._dense.solve(columns)
-            return self._split(found.permute(2, 0, 1).reshape(*lead[:-1], self.batch, -1))
+            # a K that all samples share is factored once: the samples are further columns
+            batch = rhs.shape[-2] if self.batch == 1 else self.batch
+            rhs = rhs.expand(*lead[:-1], batch, rhs.shape[-1])
+            found, self.status = self._dense.solve(to_columns(rhs, self.batch))
+            return self._split(from_columns(found, rhs.shape))
         if self._matrix is not None:
             self._ldl = solvers.LDL().factor(operators.Dense(self._matrix, symmetric=True))
             self._matrix = None

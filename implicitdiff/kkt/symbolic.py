@@ -37,18 +37,26 @@ class SymbolicKKT:
         full: bool = False,
         identity: bool = False,
         refined: bool = False,
+        weight: Ref | None = None,
     ) -> None:
+        """Takes the route of `form`; with a `weight` rho, `form` is that of H + rho A'A instead of H."""
+        self.weight = weight
         self.refinements = REFINEMENTS if refined else 0
         self.declared, self.build, self.identity = declared, declared.build, identity
         self.route = RouteFinder(declared, dtype, identity=identity).choose(form, linear_solver, full=full)
 
     def solve(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
         """(w, s, status refs): a and w over the rows of the variables' space, b and s over the constraints' labels."""
+        build = self.build
         if self.route.name == "unconstrained":
             w, status = self._inverse(a, prefix)
             return w, [], status
         if self.route.name == "range-space":
             return self._range_space(a, b, prefix)
+        if self.weight is not None:
+            # H w - A's = a and -A w = b give (H + rho A'A) w - A's = a - rho A'b: s is the same
+            weight, pulled = self.weight, self._spread(b)
+            a = [build.minus(x, build.times(weight, y)) for x, y in zip(a, pulled, strict=True)]
         return self._numbers(a, b, prefix)
 
     def factor(self) -> Ref | None:

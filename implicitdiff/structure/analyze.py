@@ -2,28 +2,18 @@
 
 In: `Contribution`s (a term of H or S: labels of its rows and columns, factors, summed labels). Out: a `Form`. A label
 that rows and columns share is a delta: all shared is diagonal, the same axes shared by every term is block-diagonal,
-factors that split into a row side and a column side are a low-rank term. Next file: `dependence.py`.
+factors that split into a row side and a column side are a low-rank term. Next file: `banded.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Ref
-from implicitdiff.structure.forms import Entry, Form, LowRankTerm, Space
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """sum over `summed` of the product of `factors`: rows of block `block[0]`, columns of block `block[1]`."""
-
-    block: tuple[int, int]
-    rows: tuple[Label, ...]
-    columns: tuple[Label, ...]
-    factors: tuple[Ref, ...]
-    summed: tuple[Label, ...]
+from implicitdiff.structure import banded
+from implicitdiff.structure.forms import Contribution, Entry, Form, LowRankTerm, Space
 
 
 @dataclass
@@ -144,8 +134,25 @@ def _merged(build: Builder, terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, 
     return tuple(t for t in out if not build.is_zero(t.weights))
 
 
-def classify(build: Builder, space: Space, terms: Sequence[Contribution]) -> Form:
-    """The kind of the symmetric matrix that the terms make, the first true one in the contract's order."""
+def classify(
+    build: Builder,
+    space: Space,
+    terms: Sequence[Contribution],
+    written: Callable[[], Sequence[Contribution]] | None = None,
+) -> Form:
+    """The kind of the symmetric matrix that the terms make, the first true one in the contract's order.
+
+    Args:
+        build: the builder.
+        space: the coordinates of both sides.
+        terms: the matrix as a sum.
+        written: the same without places, for terms whose places make no band: slices as selection matrices.
+    """
+    if written is not None and any(t.has_places for t in terms):
+        form = banded.form_of(build, space, terms)
+        if form is not None:
+            return form
+        terms = written()
     count = len(space.names)
     grid = tuple(
         tuple(entry_of(build, space, (a, b), [t for t in terms if t.block == (a, b)]) for b in range(count))

@@ -1,6 +1,6 @@
-"""Symbolic matrices: what kind of matrix the labelled terms make, with its parameters as refs.
+"""Symbolic matrices: labelled terms, and what kind of matrix they make, with its parameters as refs.
 
-In: nothing. Out: frozen forms, one a kind. Rows and columns are tuples of labels per block (a block is one leaf of the
+In: nothing. Out: frozen terms and forms. Rows and columns are tuples of labels per block (a block is one leaf of the
 variables, or one constraint). Numbers appear only when the emitted code runs. Next file: `analyze.py`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from implicitdiff.graph.ir import Label, Ref
+from implicitdiff.graph.maps import Place
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,28 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Contribution:
+    """One term of a matrix: sum over `summed` of the product of `factors`.
+
+    `rows` are of block `block[0]`, `columns` of block `block[1]`; a label in both is a delta. A label with a place runs
+    along a slice of its axis.
+    """
+
+    block: tuple[int, int]
+    rows: tuple[Label, ...]
+    columns: tuple[Label, ...]
+    factors: tuple[Ref, ...]
+    summed: tuple[Label, ...]
+    row_places: tuple[Place | None, ...] = ()
+    column_places: tuple[Place | None, ...] = ()
+
+    @property
+    def has_places(self) -> bool:
+        """Whether some axis is a slice."""
+        return any(place is not None for place in (*self.row_places, *self.column_places))
+
+
+@dataclass(frozen=True)
 class LowRankTerm:
     """left diag(weights) right' : `left` over (rows, rank), `right` over (columns, rank)."""
 
@@ -44,28 +67,60 @@ class LowRankTerm:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A term with column = row + offset along each tied axis; an offset None leaves rows and columns of an axis free.
+
+    `value` is over the rows and the columns of the free axes, and zero in rows that no column belongs to.
+    """
+
+    offsets: tuple[int | None, ...]
+    value: Ref
+
+
+@dataclass(frozen=True)
 class Entry:
     """One block of the grid: the sum of its parts; every part may be absent.
 
     `diagonal` (over the rows) only where both sides are the same axes; `partial` are terms whose deltas tie some axes
-    (positions) and leave the others dense; `dense` terms are over rows and columns. `separable` has the same terms as
-    `low_rank` for whoever wants the product form.
+    (positions) and leave the others dense; `bands` tie some axes with offsets, not all 0; `dense` terms are over rows
+    and columns.
     """
 
     diagonal: Ref | None = None
     partial: tuple[tuple[frozenset[int], Ref], ...] = ()
     low_rank: tuple[LowRankTerm, ...] = ()
     dense: tuple[Ref, ...] = ()
+    bands: tuple[Band, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Whether the block is zero."""
-        return self.diagonal is None and not (self.partial or self.low_rank or self.dense)
+        return self.diagonal is None and not self._coupled
 
     @property
     def is_diagonal(self) -> bool:
         """Whether only a diagonal is there."""
-        return self.diagonal is not None and not (self.partial or self.low_rank or self.dense)
+        return self.diagonal is not None and not self._coupled
+
+    @property
+    def _coupled(self) -> bool:
+        return bool(self.partial or self.low_rank or self.dense or self.bands)
+
+    def tied(self, axes: int) -> list[Band]:
+        """Every term that ties some of the `axes` axes, as a `Band`: the diagonal and the partial ones too."""
+        found = [] if self.diagonal is None else [Band((0,) * axes, self.diagonal)]
+        found += [
+            Band(tuple(0 if k in tied else None for k in range(axes)), ref) for tied, ref in self.partial
+        ]
+        return [*found, *self.bands]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Along which axis (position) a matrix is banded, and how far it reaches to both sides."""
+
+    axis: int
+    reach: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +132,9 @@ class Form:
     kind: str
     reason: str
     shared: frozenset[int] = frozenset()
-    """For block-diagonal: the axes (positions) that number the blocks."""
+    """For block-diagonal: the axes (positions) that number the blocks; for banded: those that number the chains."""
+    chain: Chain | None = None
+    """For banded."""
 
     @property
     def entry(self) -> Entry:

@@ -28,6 +28,10 @@ def _inside(build: Builder, ref: Ref) -> list[Ref]:
     """A product with one sum: that product with the sum's entries instead (where that makes no larger tensor)."""
     coefficient, factors = build.split(ref)
     sums = [f for f in factors if f[0].node.op == "con" and f[1] == 1.0 and not f[0].node.data]
+    if len(factors) == 1 and factors[0][0].node.op == "pad" and factors[0][1] == 1.0:
+        # what cancels in the entries of a slice; where they lie along the axis does not change the largest
+        (values,), _ = build.open(factors[0][0])
+        return [build.scale(coefficient, term) for term in cancelling(build, values)]
     if len(sums) != 1:
         return _distributed(build, ref)
     (body,), _ = build.open(sums[0][0])

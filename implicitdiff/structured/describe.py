@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from implicitdiff.derivatives.declared import Declared
-from implicitdiff.graph.build import Builder
+from implicitdiff.graph.build import Builder, Spec
 from implicitdiff.graph.ir import Label, Node, Ref
 from implicitdiff.structure.forms import Entry, Form
 
@@ -61,22 +61,39 @@ class Notebook:
             return f"max_{''.join(self.letter(k) for k in bound)} {self.write(args[0], inside=True)}"
         if node.op == "eye":
             return f"delta{self.indices(ref.labels)}"
+        if node.op == "shift":
+            return self.delta(ref.labels[0], ref.labels[1], node.data)
+        if node.op == "pad":
+            return self._padded(ref, args[0], bound)
         if node.op == "view":
-            return f"{args[0].node.data[0]}[{self._slices(node)}]{self.indices(ref.labels)}"
+            return (
+                f"{args[0].node.data[0]}[{', '.join(map(self._range, node.data))}]{self.indices(ref.labels)}"
+            )
         name = node.data[0] if node.op == "leaf" else f"selection{node.id}"
         return f"{name}{self.indices(ref.labels)}"
 
-    @staticmethod
-    def _slices(node: Node) -> str:
-        parts = []
-        for spec in node.data:
+    def _padded(self, ref: Ref, inner: Ref, bound: Sequence[Label]) -> str:
+        """[x_(i-1) for i = 1:9]: the entries of a slice at their places, 0 elsewhere."""
+        hidden, ranges = iter(bound), []
+        for spec, label in zip(ref.node.data, ref.labels, strict=True):
+            if spec[0] == "all":
+                continue
+            letter, slot = self.letter(label), next(hidden)
+            ranges.append(f"{letter} = {self._range(spec)}")
             if spec[0] == "slice":
-                parts.append(
-                    f"{spec[1]}:{spec[1] + spec[2] * spec[3]}" + (f":{spec[2]}" if spec[2] != 1 else "")
-                )
-            else:
-                parts.append(":" if spec[0] == "all" else str(spec[1]))
-        return ", ".join(parts)
+                start, step, _ = spec[1:]
+                index = f"({letter}-{start})" if start else letter
+                self.letters[slot] = index if step == 1 else f"({index}/{step})"
+        return f"[{self.write(inner)} for {', '.join(ranges)}]"
+
+    @staticmethod
+    def _range(spec: Spec) -> str:
+        """1:9, 0:8:2, 3 or a colon: as in an index."""
+        if spec[0] != "slice":
+            return ":" if spec[0] == "all" else str(spec[1])
+        start, step, count = spec[1:]
+        end = start + step * count
+        return f"{start}:{end if end >= 0 else ''}" + (f":{step}" if step != 1 else "")
 
     def _product(self, ref: Ref) -> str:
         coefficient, factors = self.build.split(ref)
@@ -97,6 +114,12 @@ class Notebook:
         terms = [self.build.scale(c, a) for c, a in zip(coefficients, args, strict=True)]
         texts = [self.write(term) for term in terms] + ([f"{constant:g}"] if constant else [])
         return " + ".join(texts).replace("+ -", "- ")
+
+    def delta(self, row: Label, column: Label, offset: int) -> str:
+        """1 where column = row + offset, else 0."""
+        if offset == 0:
+            return f"delta{self.indices([row, column])}"
+        return f"delta_({self.letter(row)}{offset:+d},{self.letter(column)})"
 
     def definitions(self) -> list[str]:
         """`where s1_j = sum_i ...`, until no new sum turns up."""
@@ -120,6 +143,10 @@ class Notebook:
         for axes, ref in entry.partial:
             delta = "".join(f"delta{self.indices([rows[k], columns[k]])} " for k in sorted(axes))
             parts.append(f"{delta}{self.write(ref, inside=True)}")
+        for band in entry.bands:
+            tied = zip(rows, columns, band.offsets, strict=True)
+            delta = "".join(f"{self.delta(a, b, offset)} " for a, b, offset in tied if offset is not None)
+            parts.append(f"{delta}{self.write(band.value, inside=True)}")
         for term in entry.low_rank:
             product = self.write(self.build.times(term.left, term.weights, term.right))
             over = "".join(self.letter(k) for k in term.rank)

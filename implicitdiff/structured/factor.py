@@ -45,7 +45,7 @@ class StructuredFactor:
 
     def given(self, way: Way) -> Given:
         """The factorisations of a way; refinements work with those of the route."""
-        source: Way = "full" if way == "full" else "route"
+        source: Way = "route" if way == "refined" else way
         if source not in self._made:
             self._made[source] = self.make(source, self.values)
         return self._made[source]

@@ -6,7 +6,8 @@ In: `Declared`, the form of H, the KKT solve in symbols. Out: a `Recipe` for eac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,13 +17,22 @@ from implicitdiff.graph.emit import Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
+from implicitdiff.structure import banded
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
 from implicitdiff.structured.writer import Recipe
 
-Way = Literal["route", "refined", "full"]
-"""How K is solved: by the route, by the route with refinements, or as one matrix."""
+Way = Literal["route", "refined", "anchored", "full"]
+"""How K is solved: by the route, by the route with refinements, with H + rho A'A in place of H, or as one matrix."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """H + weight A'A: the form, and the weight of each sample."""
+
+    form: Form
+    weight: Ref
 
 
 class Recipes:
@@ -96,9 +106,46 @@ class Recipes:
         """The KKT solve along the plan's route, or the way that was asked for."""
         if not shifted and way == "route":
             return self.kkt
-        form = self.shifted() if shifted else self.form
-        full, refined = way == "full", way == "refined"
-        return SymbolicKKT(self.declared, form, self.linear_solver, self.dtype, full=full, refined=refined)
+        anchor = self.anchor if way == "anchored" else None
+        form = self.form if anchor is None else anchor.form
+        return SymbolicKKT(
+            self.declared,
+            self.shifted(form) if shifted else form,
+            self.linear_solver,
+            self.dtype,
+            full=way == "full",
+            refined=way == "refined",
+            weight=None if anchor is None else anchor.weight,
+        )
+
+    @cached_property
+    def anchor(self) -> Anchor | None:
+        """H + rho A'A, where H is banded and constraints of few neighbours keep it so (u[0] = a).
+
+        Differences do not see a constant: their H is singular, and K regular as soon as one entry is held. In exact
+        arithmetic the solution of the KKT system is the same for every rho; it is chosen to add about as much as H has.
+        """
+        if self.form.kind != "banded" or self.kkt.route.name != "numeric":
+            return None
+        build, declared = self.build, self.declared
+        like = build.self_ref(declared.variables[0].node)
+        values = [band.value for band in self.form.entry.tied(len(like.labels))]
+        rows = [t.coefficient for c in declared.constraints for t in declared.jacobians.of(c.value)]
+        args: list[tuple[Ref, Sequence[Label], int]] = [(like, like.labels, BATCHED)]
+        args += [(ref, ref.labels, BATCHED) for ref in (*values, *rows)]
+        names = [f"{{{k}}}" for k in range(len(args))]
+        of_h, of_a = ", ".join(names[: 1 + len(values)]), ", ".join([names[0], *names[1 + len(values) :]])
+        text = f"saddle.largest({of_h}) / saddle.largest({of_a}).square()"
+        weight = call(build, text, args, (), BATCHED, "rho")
+        terms = [*declared.hessian_terms, *declared.anchor_terms(weight)]
+        form = banded.form_of(build, declared.space, terms)
+        return None if form is None or form.kind != "banded" else Anchor(form, weight)
+
+    @property
+    def first(self) -> Way:
+        """The way that is tried first: an H of differences alone is not tried, since it is singular most likely."""
+        whole = any(not term.has_places for term in self.declared.hessian_terms)
+        return "route" if whole or self.anchor is None else "anchored"
 
     def _cancelled(self, kkt: SymbolicKKT) -> list[Output]:
         """A flag that asks for the refined way; float64 has digits to spare."""
@@ -125,9 +172,9 @@ class Recipes:
         """K (rhs_u, rhs_h) with H by its form: what the probe tests."""
         return Recipe(self._pair(*self.kkt.product(*self._sides("rhs_u", "rhs_h", STACKED))), [])
 
-    def shifted(self) -> Form:
+    def shifted(self, form: Form) -> Form:
         """H + shift I."""
-        build, form = self.build, self.form
+        build = self.build
         shift = build.self_ref(build.leaf("shift", (), BATCHED, differentiable=False).node)
 
         def lifted(e: Entry) -> Entry:

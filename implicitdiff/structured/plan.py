@@ -65,21 +65,24 @@ class StructuredPlan:
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
         self.declared = Declared(program, [tuple(shape) for shape in outputs])
-        form = classify(program.build, self.declared.space, self.declared.hessian_terms)
+        declared = self.declared
+        form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
         self.recipes = Recipes(self.declared, form, linear_solver, dtype)
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null)
         floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
-        every = self._vjp("route", tuple(floating), False)
+        every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
         )
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
-        code = self._vjp("route", wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(self.declared, form, route, code.emitted.source)
+        code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
+        self.analysis: Analysis = report(
+            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
+        )
         self._contradiction: bool | None = None
 
     # ---------------------------------------------------------------- the point
@@ -149,7 +152,7 @@ class StructuredPlan:
         """K^-1 rhs along the ways, with the factorisations of `factor` if there is one."""
         values = {**point, **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h)}
         shifted = "shift" in point
-        way: Way | None = "route"
+        way: Way | None = self.recipes.first
         while way is not None:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
@@ -188,13 +191,16 @@ class StructuredPlan:
     def _next(self, way: Way, function: Written, out: tuple[Any, ...], status: Tensor) -> Way | None:
         """What to try after `way`: refinements where digits cancelled, K as one matrix where H or S is singular.
 
-        The last is for a singular H with a regular K, and for constraints that depend on each other by their values.
+        The last is for a singular H with a regular K, and for constraints that depend on each other by their values;
+        a singular H that is banded is anchored first, where that leaves it banded.
         """
         found = function.emitted.results
         if "cancelled" in found and out[found.index("cancelled")]:
             return "refined"
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
-        return "full" if not whole and bool((status == Status.SINGULAR).any()) else None
+        if whole or not bool((status == Status.SINGULAR).any()):
+            return None
+        return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8:
@@ -240,7 +246,7 @@ class StructuredPlan:
             need and leaf.placeholder.dtype.is_floating_point
             for need, leaf in zip(needs, theta_leaves, strict=True)
         )
-        way: Way | None = "route"
+        way: Way | None = self.recipes.first
         while way is not None:
             function = self._vjp(way, wanted, v_lam is not None, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})

@@ -12,8 +12,8 @@ from implicitdiff.structure.report import Analysis, MatrixReport
 from implicitdiff.structured.describe import Notebook, derivation
 
 
-def report(declared: Declared, hessian: Form, route: Route, code: str) -> Analysis:
-    """The findings, in the words of the contract."""
+def report(declared: Declared, hessian: Form, route: Route, code: str, *, anchored: bool = False) -> Analysis:
+    """The findings, in the words of the contract; `anchored`: H + rho A'A is factored in place of H."""
     m, p = hessian.space.size, declared.constraint_space.size
     constrained = bool(declared.constraints)
     schur = None
@@ -21,8 +21,9 @@ def report(declared: Declared, hessian: Form, route: Route, code: str) -> Analys
         if route.schur is not None:
             schur = MatrixReport(route.schur.kind, (p, p), route.schur.reason)
         else:
+            matrix = "H + rho A'A, since H alone is most likely singular" if anchored else "H"
             reason = (
-                "formed from p solves with H"
+                f"formed from p solves with {matrix}"
                 if route.name == "numeric"
                 else "H is singular: K is factored as one matrix"
             )

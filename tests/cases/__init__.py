@@ -6,6 +6,7 @@ checked).
 """
 
 from tests.cases import (
+    bands,
     constrained,
     inputs,
     matrix_variable,
@@ -32,6 +33,7 @@ CASES: tuple[Case, ...] = (
     *quadratic.CASES,
     *constrained.CASES,
     *matrix_variable.CASES,
+    *bands.CASES,
     *transport.CASES,
     *redundant.CASES,
     *pytrees.CASES,

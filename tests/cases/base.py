@@ -22,6 +22,7 @@ MakeInputs = Callable[["Draw", Sizes], tuple[Any, ...]]
 # (test_cases.py).
 DIVIDE = frozenset({"divide"})
 BLOCKS = frozenset({"block-cholesky"})
+BANDED = frozenset({"tridiagonal", "banded-cholesky", "cholesky", "lu"})
 LOW_RANK = frozenset({"woodbury", "cholesky", "lu"})
 DENSE = frozenset({"cholesky", "lu", "ldl"})
 SCHUR = frozenset({"schur"})

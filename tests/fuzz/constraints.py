@@ -7,7 +7,7 @@ Next: generator.py.
 
 import math
 
-from tests.fuzz import terms
+from tests.fuzz import bands, terms
 from tests.fuzz.scope import Scope
 from tests.fuzz.values import Value, contract
 
@@ -34,7 +34,7 @@ def nonlinear(s: Scope, u: Value, planted: str, tied: frozenset[str]) -> Value:
     scalar = None
     if planted == "scaled-identity":
         scalar = terms.scaled_identity(s, u)
-    elif planted == "diagonal" or s.chance(0.3):
+    elif planted in ("diagonal", "banded") or s.chance(0.3):
         scalar = terms.diagonal(s, u)
     if scalar is not None:
         return Value(f"(0.5 * ({scalar}) - {s.data(())})", (), ())
@@ -42,6 +42,11 @@ def nonlinear(s: Scope, u: Value, planted: str, tied: frozenset[str]) -> Value:
     if len(v.shape) > 1:
         v = Value(f"{v.text}.sum({tuple(range(1, len(v.shape)))})", v.shape[:1], v.axes[:1])
     return _minus_data(s, v)
+
+
+def banded(s: Scope, u: Value, band: bands.Band) -> Value:
+    """A number whose curvature couples neighbours along the band's axis."""
+    return Value(f"(0.4 * ({bands.neighbours(s, u, band)}) - {s.data(())})", (), ())
 
 
 def dependent(s: Scope, u: Value) -> tuple[list[Value], int]:

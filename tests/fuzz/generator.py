@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.fuzz import constraints, terms
+from tests.fuzz import bands, constraints, terms
+from tests.fuzz.bands import Band
 from tests.fuzz.scope import Scope, Shape, Source
 from tests.fuzz.values import Value
 
-KINDS = ("scaled-identity", "diagonal", "block-diagonal", "low-rank-plus-diagonal", "dense")
+KINDS = ("scaled-identity", "diagonal", "banded", "block-diagonal", "low-rank-plus-diagonal", "dense")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Program:
         sources: The inputs and Parameters it reads.
         planted: The kind of its H; "dense" promises nothing.
         groups: A number for each entry of u: entries of different groups are not coupled by H.
+        places: A number for each entry of u: entries whose places differ by more than `reach` are not coupled by H.
+        reach: See `places`.
         constraints: "none", "linear", "nonlinear" or "dependent".
         dependences: How many constraints follow from others.
         batch: The number of samples.
@@ -42,6 +45,8 @@ class Program:
     sources: tuple[Source, ...]
     planted: str
     groups: tuple[int, ...]
+    places: tuple[int, ...]
+    reach: int
     constraints: str
     dependences: int
     batch: int
@@ -98,14 +103,19 @@ def generate(rng: random.Random) -> Program:
     if s.chance(0.08):
         return _assemble(s, *_two_variables(s))
     variable, text, u = _layout(s)
-    planted = _kind(s, u)
+    band = bands.some_band(s, u)
+    planted = _kind(s, u, band)
+    band = band if planted == "banded" else None
     tied = _tied(s, u) if planted == "block-diagonal" else frozenset()
-    objective = _lines(s, " + ".join(_objective(s, u, planted, tied)))
+    objective = _lines(s, " + ".join(_objective(s, u, planted, tied, band)))
     objective = [f"u0 = {text}", *objective] if text != "u" else objective
-    kind, outputs, dependences, lines = _equality(s, u, planted, tied)
+    kind, outputs, dependences, lines = _equality(s, u, planted, tied, band)
     lines = [f"u0 = {text}", *lines] if text != "u" and outputs else lines
-    groups = _groups(u, planted, tied, permuted="permute" in text)
-    return _assemble(s, (variable,), objective, lines, planted, groups, kind, dependences)
+    permuted = "permute" in text
+    groups = _groups(u, planted, tied, permuted)
+    places = _numbers(u, frozenset() if band is None else frozenset(u.axes[band.axis]), permuted)
+    reach = 0 if band is None else band.reach
+    return _assemble(s, (variable,), objective, lines, planted, (groups, places, reach), kind, dependences)
 
 
 def _layout(s: Scope) -> tuple[Shape, str, Value]:
@@ -129,17 +139,22 @@ def _groups(u: Value, planted: str, tied: frozenset[str], permuted: bool) -> tup
     """The group of every entry of u, in the order in which u is declared."""
     if planted not in ("scaled-identity", "diagonal", "block-diagonal"):
         return (0,) * math.prod(u.shape)
-    if planted != "block-diagonal":
-        tied = u.labels
-    shape = tuple(size if axis[0] in tied else 1 for axis, size in zip(u.axes, u.shape, strict=True))
+    return _numbers(u, tied if planted == "block-diagonal" else u.labels, permuted)
+
+
+def _numbers(u: Value, labels: frozenset[str], permuted: bool) -> tuple[int, ...]:
+    """The position along the axes `labels` of every entry of u, in the order in which u is declared."""
+    shape = tuple(size if axis[0] in labels else 1 for axis, size in zip(u.axes, u.shape, strict=True))
     numbers = torch.arange(math.prod(shape)).reshape(shape).expand(u.shape)
     if permuted:
         numbers = numbers.permute(*range(numbers.dim() - 1, -1, -1))
     return tuple(numbers.reshape(-1).tolist())
 
 
-def _kind(s: Scope, u: Value) -> str:
-    weights = dict(zip(KINDS, (2, 3, 4, 4, 3), strict=True))
+def _kind(s: Scope, u: Value, band: Band | None) -> str:
+    weights = dict(zip(KINDS, (2, 3, 4, 4, 4, 3), strict=True))
+    if band is None:
+        del weights["banded"]
     if sum(size > 1 for size in u.shape) < 2:
         del weights["block-diagonal"]
     return s.rng.choice([kind for kind, weight in weights.items() for _ in range(weight)])
@@ -151,7 +166,7 @@ def _tied(s: Scope, u: Value) -> frozenset[str]:
     return frozenset(s.rng.sample(long, s.rng.randint(1, len(long) - 1)))
 
 
-def _objective(s: Scope, u: Value, planted: str, tied: frozenset[str]) -> list[str]:
+def _objective(s: Scope, u: Value, planted: str, tied: frozenset[str], band: Band | None) -> list[str]:
     """The terms of the objective: the planted one, a ridge where needed, others with no less structure."""
     plain = [terms.ridge, terms.linear, terms.scaled_identity, terms.expanded_square]
     if planted == "scaled-identity":
@@ -160,6 +175,10 @@ def _objective(s: Scope, u: Value, planted: str, tied: frozenset[str]) -> list[s
         ]
     elif planted == "diagonal":
         chosen = [terms.diagonal(s, u), terms.ridge(s, u)]
+    elif band is not None:
+        chosen = [bands.neighbours(s, u, band), terms.ridge(s, u)]
+        if s.chance(0.6):
+            chosen.append(s.rng.choice([bands.neighbours, bands.at_the_ends])(s, u, band))
     elif planted in ("block-diagonal", "low-rank-plus-diagonal"):
         forms = [terms.coupled] * 4 + [terms.normalised] * (bool(u.shape))
         forms += [terms.quadratic_form] * (planted == "block-diagonal")
@@ -168,7 +187,10 @@ def _objective(s: Scope, u: Value, planted: str, tied: frozenset[str]) -> list[s
             chosen.append(s.rng.choice(forms)(s, u, tied))
     else:
         form = s.rng.choice([*terms.UNPROMISED, terms.neighbours if s.chance(0.5) else terms.pairwise])
-        if s.chance(0.3) and u.shape:
+        other = bands.some_band(s, u)
+        if other is not None and s.chance(0.2):
+            chosen = [bands.neighbours(s, u, other), terms.coupled(s, u, frozenset()), terms.ridge(s, u)]
+        elif s.chance(0.3) and u.shape:
             chosen = [terms.quadratic_form(s, u, frozenset()), terms.ridge(s, u)]
         else:
             chosen = [form(s, u), terms.ridge(s, u)]
@@ -202,11 +224,12 @@ def _two_variables(s: Scope) -> tuple[Any, ...]:
         both = f"{outputs[0].text}.sum() + {outputs[1].text}.sum()"
         lines = ["a, b = u", *_lines(s, both)]
     size = sum(math.prod(shape) for shape in shapes)
-    return shapes, objective, lines, "dense", (0,) * size, "linear" if lines else "none", 0
+    zeros = (0,) * size
+    return shapes, objective, lines, "dense", (zeros, zeros, 0), "linear" if lines else "none", 0
 
 
 def _equality(
-    s: Scope, u: Value, planted: str, tied: frozenset[str]
+    s: Scope, u: Value, planted: str, tied: frozenset[str], band: Band | None
 ) -> tuple[str, list[Value], int, list[str]]:
     """(kind of constraints, outputs, dependences, the lines of `equality`)."""
     kind = s.rng.choice(["none"] * 9 + ["linear"] * 4 + ["nonlinear"] * 4 + ["dependent"] * 3)
@@ -219,7 +242,10 @@ def _equality(
             outputs.append(constraints.linear(s, u))
     else:
         linear = kind == "linear"
-        outputs = [constraints.linear(s, u) if linear else constraints.nonlinear(s, u, planted, tied)]
+        if band is not None and s.chance(0.5):
+            outputs = [bands.ends(s, u, band) if linear else constraints.banded(s, u, band)]
+        else:
+            outputs = [constraints.linear(s, u) if linear else constraints.nonlinear(s, u, planted, tied)]
         if s.chance(0.3):
             outputs.append(constraints.linear(s, u))
     returned = s.rng.choice(["tuple", "dict"] if len(outputs) > 1 else ["tensor", "tensor", "tuple"])
@@ -244,7 +270,7 @@ def _assemble(
     objective: list[str],
     equality: list[str],
     planted: str,
-    groups: tuple[int, ...],
+    pattern: tuple[tuple[int, ...], tuple[int, ...], int],
     kind: str,
     dependences: int,
 ) -> Program:
@@ -271,7 +297,9 @@ def _assemble(
         variables=variables,
         sources=tuple(sources),
         planted=planted,
-        groups=groups,
+        groups=pattern[0],
+        places=pattern[1],
+        reach=pattern[2],
         constraints=kind if equality else "none",
         dependences=dependences,
         batch=s.rng.choice([1, 2, 2, 3]),

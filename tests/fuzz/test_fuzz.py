@@ -167,7 +167,9 @@ def test_programs_are_valid_and_their_planted_kind_is_true() -> None:
             if not torch.isfinite(d.H).all():
                 continue
             groups = torch.tensor(program.groups)
+            places = torch.tensor(program.places)
             apart = groups[:, None] != groups[None, :]
+            apart |= (places[:, None] - places[None, :]).abs() > program.reach
             scale = 1e-10 * max(float(d.H.abs().max()), 1.0)
             assert float((d.H * apart).abs().max()) <= scale, f"seed {seed}\n{program}"
             if program.planted == "scaled-identity":

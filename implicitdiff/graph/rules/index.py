@@ -36,6 +36,14 @@ def slice_tensor(
     return tr.slice(a, dim, first, step, count)
 
 
+@rule(aten.flip.default)
+def flip(tr: Any, a: Value, dims: Sequence[int]) -> Value:
+    for dim in {d % len(a.dims) for d in dims}:
+        length = shape(tr.build, a)[dim]
+        a = tr.slice(a, dim, length - 1, -1, length) if length > 1 else a
+    return a
+
+
 @rule(aten.select.int)
 def select(tr: Any, a: Value, dim: int, index: int) -> Value:
     dim %= len(a.dims)
