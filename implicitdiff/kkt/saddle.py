@@ -66,13 +66,13 @@ class RangeSpace:
         status: (B,) int8, of both factorisations.
     """
 
-    def __init__(self, factor: Factorization, jacobian: Tensor, null_vectors: Sequence[Tensor] = ()) -> None:
+    def __init__(self, factor: Factorization, jacobian: Tensor, null_vectors: operators.NullVectors | tuple[Tensor, ...] = ()) -> None:
         """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
         self.factor, self.jacobian = factor, jacobian
         inverse = factor.solve(jacobian.transpose(0, 1))
         schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
         corner = operators.Dense((schur + schur.mT) / 2, symmetric=True)
-        whole = operators.Block(((corner,),), (corner.size,), null_vectors=tuple(null_vectors))
+        whole = operators.Block(((corner,),), (corner.size,), null_vectors=null_vectors)
         self.schur = solvers.Cholesky().factor(whole if null_vectors else corner)
         self.status = merged(factor.status, self.schur.status)
 

@@ -17,6 +17,31 @@ from implicitdiff.operators.base import LinearOperator, check_parameters
 from implicitdiff.operators.products import batched_matvec
 
 
+class NullVectors(tuple[Tensor, ...]):
+    """Null vectors that outlive one matrix: a plan states the same ones at each call.
+
+    Attributes:
+        derived: what solvers computed from them once, by a key of their own.
+    """
+
+    derived: dict[object, object]
+
+    def __new__(cls, vectors: Sequence[Tensor] = ()) -> "NullVectors":
+        """Keep the vectors and start with nothing derived."""
+        made = super().__new__(cls, vectors)
+        made.derived = {}
+        return made
+
+    def like(self, dtype: torch.dtype, device: torch.device) -> "NullVectors":
+        """Return the same vectors of that dtype and on that device, converted once."""
+        if all(vector.dtype == dtype and vector.device == device for vector in self):
+            return self
+        found = self.derived.get((dtype, device))
+        if not isinstance(found, NullVectors):
+            found = self.derived[dtype, device] = NullVectors([v.to(dtype=dtype, device=device) for v in self])
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Block(LinearOperator):
     """A square grid of blocks, with operators on its diagonal.
@@ -61,7 +86,11 @@ class Block(LinearOperator):
         if self.null_vectors and not self.symmetric:
             raise StructureError(f"{self.kind}: null_vectors are only meant for a symmetric matrix.")
         # Sequences become tensors once, here; the field is otherwise as it was given.
-        vectors = tuple(torch.as_tensor(v, dtype=self.dtype, device=self.device) for v in self.null_vectors)
+        given = self.null_vectors
+        if isinstance(given, NullVectors):
+            vectors = given.like(self.dtype, self.device)
+        else:
+            vectors = NullVectors([torch.as_tensor(v, dtype=self.dtype, device=self.device) for v in given])
         for vector in vectors:
             if vector.shape != (self.size,):
                 raise StructureError(

@@ -13,6 +13,7 @@ from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.pseudo_inverse import PseudoInverse
 from implicitdiff.solvers.schur import Schur
+from implicitdiff.solvers.schur_cg import SchurConjugateGradients
 from implicitdiff.solvers.select import PLANNED, SOLVERS, Choice, choose, solver_named
 from implicitdiff.solvers.woodbury import Woodbury
 
@@ -31,6 +32,7 @@ __all__ = [
     "LinearSolver",
     "PseudoInverse",
     "Schur",
+    "SchurConjugateGradients",
     "Woodbury",
     "choose",
     "relative_residual",

@@ -55,7 +55,7 @@ class Writer:
             **constants,
         }
         if null_vectors:
-            self.namespace["null_vectors"] = null_vectors
+            self.namespace["null_vectors"] = operators.NullVectors(null_vectors)
         self.known: dict[Hashable, Written] = {}
 
     def function(self, key: Hashable, name: str, document: str, recipe: Callable[[], Recipe]) -> Written:
