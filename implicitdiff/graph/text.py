@@ -47,9 +47,15 @@ def permuted(text: str, order: Sequence[int], prefix: int) -> str:
     return f"{text}.permute({', '.join(map(str, [*range(prefix), *(prefix + k for k in order)]))})"
 
 
-def words(text: str) -> set[str]:
-    clean = "".join(c if c.isalnum() or c == "_" else " " for c in text)
-    return set(clean.split())
+def wrapped(line: str, width: int = 104) -> list[str]:
+    """A statement in lines of at most `width`, broken after commas where it can be."""
+    pieces = [line]
+    while len(pieces[-1]) > width:
+        cut = pieces[-1].rfind(", ", 0, width)
+        if cut < 8:
+            break
+        pieces[-1:] = [pieces[-1][: cut + 1], "    " + pieces[-1][cut + 2 :]]
+    return pieces
 
 
 def bracket(text: str) -> str:

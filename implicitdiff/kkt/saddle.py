@@ -59,6 +59,44 @@ def largest(like: Tensor, *tensors: Tensor) -> Tensor:
     return out
 
 
+BLOCK_BYTES = 2**19
+"""Squares are made and summed in pieces of about this size, which stay in the cache."""
+
+
+def square_sum(tensor: Tensor, dim: int) -> Tensor:
+    """The sum of squares along `dim` (not the first axis), with no tensor of all squares.
+
+    `vector_norm` along any axis but the last takes up to five times as long on a CPU, `einsum` nine times.
+    """
+    pieces = _pieces(tensor, dim)
+    if pieces == 1:
+        return tensor.square().sum(dim)
+    parts = [part.square().sum(dim) for part in tensor.chunk(pieces, dim)]
+    return _added(parts)
+
+
+def squared_distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """The sum of (a - b)^2 along `dim` (not the first axis), a and b broadcast, with no tensor of all differences."""
+    a, b = torch.broadcast_tensors(a, b)
+    pieces = _pieces(a, dim)
+    parts = [
+        torch.nn.functional.mse_loss(p, q, reduction="none").sum(dim)
+        for p, q in zip(a.chunk(pieces, dim), b.chunk(pieces, dim), strict=True)
+    ]
+    return _added(parts)
+
+
+def _pieces(tensor: Tensor, dim: int) -> int:
+    return max(1, min(tensor.shape[dim], tensor.numel() * tensor.element_size() // BLOCK_BYTES))
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
+
+
 class RangeSpace:
     """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves.
 

@@ -176,7 +176,7 @@ class SymbolicKKT:
         """Whether the elimination in S lost digits, as a flag of the emitted code; None where nothing is eliminated."""
         if self.route.name != "range-space" or self.route.schur_solver not in ELIMINATING or self.refinements:
             return None
-        return call(self.build, "{0}.cancelled", [(self._schur_factor(), (), -1)], (), BATCHED)
+        return call(self.build, "{0}.cancelled", [(self._schur_factor(), (), -1)], (), BATCHED, "cancelled")
 
     def _schur_operator(self, form: Form) -> Ref:
         build, space = self.build, form.space

@@ -52,9 +52,11 @@ class Kernel:
     @cached_property
     def level(self) -> float | None:
         """The square of the entries, where there is one vector and its entries are equal up to sign; else None."""
-        if self._basis.shape[1] != 1 or self._basis.is_meta:
+        if self._basis.shape[1] != 1 or not self._basis.shape[0]:
             return None
         vector = self._basis[:, 0]
+        if vector.is_meta:
+            return 1.0 / vector.shape[0]  # without numbers: the ordinary case, sums of all rows of a constraint
         return float(vector[0]) ** 2 if bool((vector == vector[0]).all()) else None
 
     @property
