@@ -1,5 +1,7 @@
 """Costs from shapes alone, reasons for refusing, and the choice of a solver."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,8 @@ def on_meta(operator: LinearOperator) -> LinearOperator:
             return tuple(map(move, value))
         return torch.device("meta") if isinstance(value, torch.device) else value
 
-    return type(operator)(**{name: move(value) for name, value in operator.__dict__.items()})
+    values = {field.name: getattr(operator, field.name) for field in dataclasses.fields(operator)}
+    return type(operator)(**{name: move(value) for name, value in values.items()})
 
 
 @pytest.mark.parametrize(("solver", "row"), PAIRS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from implicitdiff import operators, solvers
 from implicitdiff.derivatives.kkt import solve_symmetric
 from implicitdiff.kkt.formula import Steps, range_space
+from implicitdiff.operators.block import NullVectors
 from implicitdiff.solvers.base import Factorization
 from implicitdiff.status import Status
 
@@ -104,7 +105,7 @@ class RangeSpace:
         status: (B,) int8, of both factorisations.
     """
 
-    def __init__(self, factor: Factorization, jacobian: Tensor, null_vectors: operators.NullVectors | tuple[Tensor, ...] = ()) -> None:
+    def __init__(self, factor: Factorization, jacobian: Tensor, null_vectors: NullVectors | tuple[Tensor, ...] = ()) -> None:
         """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
         self.factor, self.jacobian = factor, jacobian
         inverse = factor.solve(jacobian.transpose(0, 1))
@@ -165,5 +166,8 @@ class FullKKT:
 
 def beside(*tensors: Tensor) -> Tensor:
     """Tensors joined along the last axis, the leading axes broadcast."""
+    first = tensors[0].shape[:-1]
+    if all(t.shape[:-1] == first for t in tensors):
+        return torch.cat(tensors, dim=-1)
     lead = torch.broadcast_shapes(*(t.shape[:-1] for t in tensors))
     return torch.cat([t.expand(*lead, t.shape[-1]) for t in tensors], dim=-1)

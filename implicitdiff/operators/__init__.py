@@ -5,7 +5,7 @@ transpose and to_dense. The package ``solvers`` inverts them. Start reading at `
 """
 
 from implicitdiff.operators.base import LinearOperator
-from implicitdiff.operators.block import Block, NullVectors
+from implicitdiff.operators.block import Block
 from implicitdiff.operators.block_diagonal import BlockDiagonal
 from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
@@ -23,7 +23,6 @@ __all__ = [
     "LinearOperator",
     "LowRankPlusDiagonal",
     "MatrixFree",
-    "NullVectors",
     "ScaledIdentity",
     "Zero",
     "select_samples",

@@ -7,6 +7,7 @@ declared constraints. Out: ``Block``; solvers/schur.py eliminates its diagonal c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -76,9 +77,14 @@ class Block(LinearOperator):
                     f"{self.kind}: blocks[{i}][{i}] must be a LinearOperator of size {size}, got "
                     f"{_describe(corner)}."
                 )
-        expected = {f"blocks[{i}][{j}]": (t, (self.sizes[i], self.sizes[j])) for i, j, t in self.couplings}
-        check_parameters(self.kind, expected)
-        batches = {corner.batch for corner in self.corners} | {t.shape[0] for _, _, t in self.couplings}
+        couplings, corners = self.couplings, self.corners
+        batches = {corner.batch for corner in corners} | {block.shape[0] for _, _, block in couplings}
+        dtypes = {block.dtype for _, _, block in couplings}
+        fitting = all(block.shape[1:] == (self.sizes[i], self.sizes[j]) for i, j, block in couplings)
+        if not fitting or len(dtypes) > 1 or any(block.dim() != 3 for _, _, block in couplings):
+            check_parameters(
+                self.kind, {f"blocks[{i}][{j}]": (t, (self.sizes[i], self.sizes[j])) for i, j, t in couplings}
+            )
         if len(batches - {1}) > 1:
             raise StructureError(
                 f"{self.kind}: the blocks have batch sizes {sorted(batches)}; give each B, or 1 to share it."
@@ -99,13 +105,13 @@ class Block(LinearOperator):
                 )
         object.__setattr__(self, "null_vectors", vectors)
 
-    @property
+    @cached_property
     def corners(self) -> tuple[LinearOperator, ...]:
         """The operators on the diagonal of the grid."""
-        corners = (row[i] for i, row in enumerate(self.blocks))
-        return tuple(corner for corner in corners if isinstance(corner, LinearOperator))
+        corners = [row[i] for i, row in enumerate(self.blocks)]
+        return tuple([corner for corner in corners if isinstance(corner, LinearOperator)])
 
-    @property
+    @cached_property
     def couplings(self) -> tuple[tuple[int, int, Tensor], ...]:
         """The tensors off the diagonal that are not zero, each with its row and column in the grid."""
         return tuple(
@@ -115,12 +121,12 @@ class Block(LinearOperator):
             if i != j and isinstance(block, Tensor)
         )
 
-    @property
+    @cached_property
     def size(self) -> int:
         """m, the sum of the sizes."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """B, or 1 where every block is shared."""
         batches = [corner.batch for corner in self.corners] + [t.shape[0] for _, _, t in self.couplings]
@@ -136,7 +142,7 @@ class Block(LinearOperator):
         """The device of the first corner."""
         return self.corners[0].device
 
-    @property
+    @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Where each block lies in the flat vector."""
         ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from implicitdiff.operators import Block, LinearOperator, NullVectors
+from implicitdiff.operators import Block, LinearOperator
+from implicitdiff.operators.block import NullVectors
 from implicitdiff.solvers.base import Factorization
 
 

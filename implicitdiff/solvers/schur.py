@@ -58,16 +58,23 @@ class PlainSchurFactorization(Factorization):
         del scaled
         complement.diagonal(dim1=-2, dim2=-1).add_(corner)
         self._factor, info = torch.linalg.cholesky_ex(complement)
-        pivots = self._factor.diagonal(dim1=-2, dim2=-1)
-        left_over = complement.diagonal(dim1=-2, dim2=-1) - lifted.expand_as(complement).diagonal(dim1=-2, dim2=-1)
-        # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
-        margins = (
-            inverse.amin(),
-            (pivots.square() / corner).amin() - suspicion_level(operator.dtype),
-            (left_over / corner).amin() - CANCELLED,
-        )
-        self.sound = bool(((torch.stack(margins) > 0).all() & (info == 0).all()).all())
+        self.sound = self._is_sound(complement, lifted, corner, inverse, info)
         self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+
+    def _is_sound(
+        self, complement: Tensor, lifted: Tensor, corner: Tensor, inverse: Tensor, info: Tensor
+    ) -> bool:
+        # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
+        squares = self._factor.diagonal(dim1=-2, dim2=-1).square()
+        lift = lifted[:, :, 0] if lifted.shape[-1] == 1 else lifted.diagonal(dim1=-2, dim2=-1)
+        good = (inverse > 0).all() & (info == 0).all()
+        # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
+        large = (squares > torch.add(lift, corner, alpha=CANCELLED)).all()
+        if bool((good & large).all()):
+            return True
+        kept = complement.diagonal(dim1=-2, dim2=-1) - lift > CANCELLED * corner
+        regular = squares > suspicion_level(corner.dtype) * corner
+        return bool((good & kept.all() & regular.all()).all())
 
     @cached_property
     def definite(self) -> Tensor:  # type: ignore[override]
