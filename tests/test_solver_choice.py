@@ -1,5 +1,7 @@
 """Costs from shapes alone, reasons for refusing, and the choice of a solver."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from implicitdiff.solvers import (
 )
 from tests.operator_cases import BY_NAME
 from tests.operator_draws import Draw
-from tests.solver_checks import ALL, CPU, PAIRS
+from tests.solver_checks import ALL, CPU, PAIRS, plan_block
 
 
 def on_meta(operator: LinearOperator) -> LinearOperator:
@@ -39,7 +41,8 @@ def on_meta(operator: LinearOperator) -> LinearOperator:
             return tuple(map(move, value))
         return torch.device("meta") if isinstance(value, torch.device) else value
 
-    return type(operator)(**{name: move(value) for name, value in operator.__dict__.items()})
+    values = {field.name: getattr(operator, field.name) for field in dataclasses.fields(operator)}
+    return type(operator)(**{name: move(value) for name, value in values.items()})
 
 
 @pytest.mark.parametrize(("solver", "row"), PAIRS)
@@ -60,7 +63,7 @@ def sized(solver: str) -> LinearOperator:
     draw = Draw(2, dtype=torch.float32)
     if solver == "schur":
         coupling = draw.positive(150, 60)
-        corners = [Diagonal(100 * draw.positive(size)) for size in (150, 60)]
+        corners = [Diagonal(1000 * draw.positive(size)) for size in (150, 60)]
         return Block(((corners[0], coupling), (coupling.mT, corners[1])), (150, 60))
     if solver == "woodbury":
         return LowRankPlusDiagonal(draw.positive(300), draw.normal(300, 60), draw.positive(60))
@@ -86,17 +89,34 @@ def meta_low_rank(batch: int, size: int, rank: int) -> LowRankPlusDiagonal:
 
 
 @pytest.mark.parametrize(
-    ("rank", "expected", "reason"),
-    [(16, "woodbury", "cholesky"), (64, "woodbury", "cholesky"), (1024, "cholesky", "k = 1024 >= m = 128")],
+    ("batch", "rank", "expected", "reason"),
+    [
+        (1, 16, "woodbury", "cholesky"),
+        (8, 16, "woodbury", "cg"),
+        (1, 64, "woodbury", "cg"),
+        (8, 64, "cg", "woodbury"),
+        (1, 160, "cholesky", "k = 160 >= m = 128"),
+        (1, 1024, "cg", "k = 1024 >= m = 128"),
+        (8, 1024, "cg", "k = 1024 >= m = 128"),
+    ],
 )
-def test_pooling_sizes(rank: int, expected: str, reason: str) -> None:
-    for batch in (1, 8):
-        choice = choose(meta_low_rank(batch, 128, rank))
-        assert choice.solver.name == expected
-        assert choice.cost == choice.solver.cost(meta_low_rank(batch, 128, rank))
-        assert reason in str(choice.rejected)
-        assert choice.solver.name not in dict(choice.rejected)
-        assert "lu" in dict(choice.rejected)
+def test_pooling_sizes(batch: int, rank: int, expected: str, reason: str) -> None:
+    choice = choose(meta_low_rank(batch, 128, rank))
+    assert choice.solver.name == expected
+    assert choice.cost == choice.solver.cost(meta_low_rank(batch, 128, rank))
+    assert reason in str(choice.rejected)
+    assert choice.solver.name not in dict(choice.rejected)
+    assert "lu" in dict(choice.rejected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((20, 25), "schur"), ((100, 100), "schur"), ((200, 200), "schur-cg"), ((1000, 50), "schur")],
+)
+def test_transport_sizes(shape: tuple[int, int], expected: str) -> None:
+    choice = choose(plan_block(torch.empty(1, *shape, device="meta")))
+    assert choice.solver.name == expected
+    assert {"schur", "schur-cg"} - {expected} <= set(dict(choice.rejected))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +128,7 @@ def test_pooling_sizes(rank: int, expected: str, reason: str) -> None:
         ("rows of a matrix", "block-cholesky"),
         ("tridiagonal down the columns", "tridiagonal"),
         ("tridiagonal, unsymmetric", "tridiagonal"),
-        ("low rank", "woodbury"),
+        ("low rank", "cholesky"),
         ("rank above the size", "cholesky"),
         ("different factors", "woodbury"),
         ("transport 5 x 3", "schur"),

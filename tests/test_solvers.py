@@ -15,6 +15,7 @@ from implicitdiff.operators import (
     Dense,
     Diagonal,
     LinearOperator,
+    LowRankPlusDiagonal,
     MatrixFree,
     ScaledIdentity,
     select_samples,
@@ -89,7 +90,7 @@ def test_definite_says_what_the_eigenvalues_say(solver: str, row: str) -> None:
     operator, twin = BY_NAME[row].build(Draw(3))
     definite = ALL[solver].factor(operator).definite
     if definite is None:
-        assert solver in ("lu", "cg") or not operator.symmetric
+        assert solver in ("lu", "cg", "schur-cg") or not operator.symmetric
         return
     if not operator.symmetric:
         assert not definite.any()
@@ -184,6 +185,8 @@ def test_nan_and_inf_stay_in_their_sample(solver: str, row: str, value: float) -
     close(solution[:, good], oracle(twin[good], rhs[:, good].numpy(), False), 1e-9)
     assert solution[0, 1].eq(0).all()
     expected = {"divide": Status.SINGULAR, "cg": Status.NOT_CONVERGED}.get(solver, Status.NONFINITE)
+    if solver == "cg" and isinstance(operator, LowRankPlusDiagonal):
+        expected = Status.NONFINITE  # the verdict of the direct solver, which takes over
     assert statuses(factorization) == [Status.OK, expected, Status.OK]
 
 

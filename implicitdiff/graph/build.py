@@ -301,6 +301,11 @@ class Builder:
             return self.number(FOLD[name](*numbers, *params))
         if name == "where" and (args[1] == args[2] or numbers[0] is not None):
             return args[1] if args[1] == args[2] or numbers[0] else args[2]
+        if name == "where" and numbers[1:] != [1.0, 0.0]:
+            high, low = numbers[1:]
+            if high is not None and low is not None and math.isfinite(high - low):
+                mask = self.fn("where", [args[0], self.number(1.0), self.number(0.0)])
+                return self.add([(high - low, mask)], low)
         leaves: frozenset[int] | None = (
             frozenset() if name in ("detach", "gt", "ge", "lt", "le", "eq", "ne", "sign") else None
         )

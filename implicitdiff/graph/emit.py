@@ -6,6 +6,7 @@ leaves and single uses are written inline; a buffer is deleted after its last us
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
-from implicitdiff.graph.ir import Label, Node, Ref, reachable
+from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
 from implicitdiff.graph.text import (
     Operand,
     axis_list,
@@ -23,8 +24,12 @@ from implicitdiff.graph.text import (
     product_text,
     raised,
     tuple_body,
-    words,
+    wrapped,
 )
+from implicitdiff.graph.tidy import Shape, tidied
+
+KEEPS_BATCH = re.compile(r"\{0\}(\.solve\(|\[|\.unflatten|\.flatten)|saddle\.beside")
+"""Calls whose result has the batch where an argument has it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Emitter:
         self.lines: list[tuple[str, str]] = []
         self.variables: dict[int, Variable] = {}
         self.uses: dict[int, int] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.certain: dict[int, bool] = {}
         self.count = 0
 
     # ---------------------------------------------------------------- driver
@@ -96,31 +103,15 @@ class Emitter:
         for output in outputs:
             text = self.expanded(output.ref, output.order, output.prefix)
             results.append((output.name, text))
-        body = self._with_deletions(results, arguments)
+        statements, returned = tidied(self.lines, [text for _, text in results], self.shapes, arguments)
+        tail = "return " + ", ".join(returned) + ("," if len(returned) == 1 else "")
+        body = [piece for line in (*statements, tail) for piece in wrapped(line)]
         head = f"def {name}({', '.join(arguments)}):"
         inside = ([f'"""{document}"""'] if document else []) + list(preamble) + body
         source = "\n".join([head, *("    " + line for line in inside)]) + "\n"
         scope = dict(namespace)
         exec(compile(source, f"<implicitdiff {name}>", "exec"), scope)
         return Emitted(source, scope[name], tuple(n for n, _ in results))
-
-    def _with_deletions(self, results: Sequence[tuple[str, str]], arguments: Sequence[str]) -> list[str]:
-        """Statements, each followed by the deletion of the names it used last, and the return."""
-        tail = "return " + ", ".join(text for _, text in results) + ("," if len(results) == 1 else "")
-        names = {target for target, _ in self.lines}
-        last: dict[str, int] = {}
-        for k, (target, text) in enumerate([*self.lines, ("", tail)]):
-            for used in words(text) & names:
-                last[used] = k
-            if target:
-                last.setdefault(target, k)
-        out = []
-        for k, (target, text) in enumerate(self.lines):
-            out.append(f"{target} = {text}")
-            dead = sorted(n for n, where in last.items() if where == k)
-            if dead:
-                out.append("del " + ", ".join(dead))
-        return [*out, tail]
 
     def store(self, node: Node, text: str, layout: Sequence[Label], name: str | None = None) -> Variable:
         """A new statement for a node."""
@@ -130,7 +121,28 @@ class Emitter:
         self.lines.append((name, text))
         variable = Variable(name, tuple(layout))
         self.variables[node.id] = variable
+        if set(layout) == set(node.axes):
+            self._shape(name, node, layout)
         return variable
+
+    def _shape(self, name: str, node: Node, layout: Sequence[Label]) -> None:
+        sizes = dict(zip(node.axes, node.sizes, strict=True))
+        self.shapes[name] = Shape(node.prefix, tuple(sizes[k] for k in layout), self._is_certain(node))
+
+    def _is_certain(self, node: Node) -> bool:
+        """Whether a node really has the batch of its prefix: what a solver returns may be shared by all samples."""
+        if node.id not in self.certain:
+            self.certain[node.id] = (
+                node.prefix == UNBATCHED
+                or node.op == "leaf"
+                or (
+                    (node.op != "call" or KEEPS_BATCH.match(node.data[0]) is not None)
+                    and any(
+                        arg.node.prefix == node.prefix and self._is_certain(arg.node) for arg in node.args
+                    )
+                )
+            )
+        return self.certain[node.id]
 
     def temporary(self, text: str) -> str:
         """A statement for an intermediate result that is no node."""
@@ -179,6 +191,7 @@ class Emitter:
     # ---------------------------------------------------------------- nodes
 
     def _emit_leaf(self, node: Node) -> Variable:
+        self._shape(node.data[0], node, node.axes)
         return Variable(node.data[0], node.axes)
 
     def _emit_view(self, node: Node) -> Variable:
@@ -270,6 +283,9 @@ class Emitter:
 
     def _emit_con(self, node: Node) -> Variable:
         (body,) = node.args
+        squares = self._squares(node)
+        if squares is not None:
+            return squares
         if (
             body.node.op == "prod"
             and self.uses.get(body.node.id, 0) < 2
@@ -283,6 +299,31 @@ class Emitter:
             operands, node.axes, node.bound, bool(node.data), self.build.labels.sizes, self.temporary
         )
         return self.store(node, text, layout)
+
+    def _squares(self, node: Node) -> Variable | None:
+        """A sum of squares along one axis, or of squared differences: nothing of the size of the squares is made."""
+        (body,) = node.args
+        coefficient, factors = self.build.split(body)
+        if node.data or len(node.bound) != 1 or body.node.op != "prod" or coefficient != 1.0:
+            return None
+        if len(factors) != 1 or factors[0][1] != 2.0 or body.node.id in self.variables:
+            return None
+        ref = factors[0][0]
+        args, _ = self.build.open(ref)
+        only = self.uses.get(ref.node.id, 0) == 1 and ref.node.id not in self.variables
+        if only and ref.node.op == "add" and ref.node.data == (0.0, (1.0, -1.0)):
+            order = list(ref.labels)
+            texts = ", ".join(self.text(a, order) for a in args)
+            if any(set(a.labels) == set(order) for a in args) and ref.node.prefix == 1:
+                dim = order.index(node.bound[0]) - len(order)
+                layout = [k for k in order if k not in node.bound]
+                return self.store(node, f"saddle.squared_distance({texts}, {dim})", layout)
+        operand = self.operand(ref)
+        dim = operand.labels.index(node.bound[0]) - len(operand.labels)
+        layout = [k for k in operand.labels if k not in node.bound]
+        if not layout:
+            return None
+        return self.store(node, f"saddle.square_sum({operand.text}, {dim})", layout)
 
     def _factor_operand(self, ref: Ref, power: float) -> Operand:
         operand = self.operand(ref)

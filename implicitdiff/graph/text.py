@@ -47,9 +47,43 @@ def permuted(text: str, order: Sequence[int], prefix: int) -> str:
     return f"{text}.permute({', '.join(map(str, [*range(prefix), *(prefix + k for k in order)]))})"
 
 
-def words(text: str) -> set[str]:
-    clean = "".join(c if c.isalnum() or c == "_" else " " for c in text)
-    return set(clean.split())
+def wrapped(line: str, width: int = 104) -> list[str]:
+    """A statement in lines of about `width`, broken at spaces inside brackets; brackets are added where there are none."""
+    if len(line) <= width:
+        return [line]
+    cuts = _cuts(line)
+    if not any(place < width for place in cuts):
+        head, rest = _headed(line)
+        line = f"{head}({rest})"
+        cuts = _cuts(line)
+    pieces, start = [], 0
+    while len(line) - start > width:
+        ahead = [place for place in cuts if place > start + 8]
+        fitting = [place for place in ahead if place - start <= width - 4] or ahead[:1]
+        if not fitting:
+            break
+        pieces.append(line[start : fitting[-1]])
+        start = fitting[-1] + 1
+    pieces.append(line[start:])
+    return [piece if k == 0 else "    " + piece for k, piece in enumerate(pieces)]
+
+
+def _headed(line: str) -> tuple[str, str]:
+    for head in ("return ", "del "):
+        if line.startswith(head):
+            return head, line[len(head) :]
+    target, _, value = line.partition(" = ")
+    return f"{target} = ", value
+
+
+def _cuts(line: str) -> list[int]:
+    """The spaces inside brackets after a comma or before an operator."""
+    places, depth = [], 0
+    for k, c in enumerate(line):
+        depth += (c in "([{") - (c in ")]}")
+        if c == " " and depth > 0 and (line[k - 1] == "," or line[k + 1] in "+-*/@"):
+            places.append(k)
+    return places
 
 
 def bracket(text: str) -> str:

@@ -84,7 +84,7 @@ def factorised(build: Builder, operator: Ref, solver: str, name: str) -> Ref:
 
 def status_of(build: Builder, factor: Ref) -> Ref:
     """factor.status, (B,)."""
-    return call(build, "{0}.status", [(factor, (), -1)], (), BATCHED)
+    return call(build, "{0}.status", [(factor, (), -1)], (), BATCHED, "status")
 
 
 # -------------------------------------------------------------------- dense matrices

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from implicitdiff import solvers
+from implicitdiff import operators, solvers
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.jacobian import JacobianTerm
 from implicitdiff.errors import OptionError
@@ -142,7 +142,7 @@ class RouteFinder:
         if diagonal and linear_solver in ("auto", "divide"):
             return base
         kind, choice = self._hessian_solver(
-            form, "auto" if linear_solver == "schur" and constrained else linear_solver
+            form, "auto" if linear_solver == "schur" and constrained else linear_solver, constrained
         )
         base = replace(
             base,
@@ -161,8 +161,13 @@ class RouteFinder:
         if schur.kind in ("diagonal", "scaled-identity"):
             found = {"divide": "Divide", **found}
         elif count > 1 and any(schur.grid[k][k].is_diagonal for k in range(count)):
-            found = {"schur": "Schur", **found}
+            found = {"schur": "Schur", "schur-cg": "SchurConjugateGradients", **found}
+        choice = None
+        if "schur" in found and linear_solver in ("auto", "schur-cg"):
+            choice = solvers.choose(self._grid(schur), linear_solver)
         name = next(iter(found)) if linear_solver in ("auto", "schur") else linear_solver
+        if choice is not None and choice.solver.name in found:
+            name = choice.solver.name
         if name not in found:
             known = ", ".join([*found, "lu", "ldl"])
             raise OptionError(
@@ -177,11 +182,32 @@ class RouteFinder:
             common=common,
             common_coefficient=coefficient,
             solver=name,
+            rejected=tuple(() if choice is None else choice.rejected),
         )
 
-    def _hessian_solver(self, form: Form, linear_solver: str) -> tuple[str, solvers.Choice]:
+    def _grid(self, schur: Form) -> operators.Block:
+        """S by its shapes: what the cost model looks at."""
+        number = range(len(schur.space.names))
+        sizes = tuple(schur.space.entries(k) for k in number)
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(1, *shape, dtype=self.dtype, device="meta")
+
+        def cell(i: int, j: int) -> operators.LinearOperator | torch.Tensor | None:
+            entry = schur.grid[i][j]
+            if i == j:
+                if entry.is_diagonal:
+                    return operators.Diagonal(empty(sizes[i]))
+                return operators.Dense(empty(sizes[i], sizes[i]))
+            return None if entry.empty else empty(sizes[i], sizes[j])
+
+        return operators.Block(tuple(tuple(cell(i, j) for j in number) for i in number), sizes)
+
+    def _hessian_solver(
+        self, form: Form, linear_solver: str, constrained: bool
+    ) -> tuple[str, solvers.Choice]:
         operator = lowering.meta_operator(self.build, form, form.kind, self.dtype)
-        choice = solvers.choose(operator, linear_solver)
+        choice = solvers.choose(operator, linear_solver, many=constrained)
         structured = choice.solver.name in STRUCTURED
         bytes_needed = operator.size**2 * self.dtype.itemsize
         if not structured and bytes_needed > DENSE_BYTES and linear_solver == "auto":

@@ -20,6 +20,8 @@ from implicitdiff.structure.forms import Entry, Form, Space
 
 Refs = list[Ref]
 
+ELIMINATING = ("Schur", "SchurConjugateGradients")
+"""The solver classes that take S as a grid and eliminate its diagonal corners."""
 REFINEMENTS = 2
 """Corrections where digits cancelled in S: each gains about as many as the factorisation has."""
 
@@ -191,15 +193,15 @@ class SymbolicKKT:
 
     def cancelled(self) -> Ref | None:
         """Whether the elimination in S lost digits, as a flag of the emitted code; None where nothing is eliminated."""
-        if self.route.name != "range-space" or self.route.schur_solver != "Schur" or self.refinements:
+        if self.route.name != "range-space" or self.route.schur_solver not in ELIMINATING or self.refinements:
             return None
-        return call(self.build, "{0}.cancelled", [(self._schur_factor(), (), -1)], (), BATCHED)
+        return call(self.build, "{0}.cancelled", [(self._schur_factor(), (), -1)], (), BATCHED, "cancelled")
 
     def _schur_operator(self, form: Form) -> Ref:
         build, space = self.build, form.space
         if form.kind in ("diagonal", "scaled-identity") and self.route.schur_solver == "Divide":
             return lowering.operator(build, form, "diagonal")
-        if self.route.schur_solver != "Schur":
+        if self.route.schur_solver not in ELIMINATING:
             return lowering.operator(build, form, "dense")
         count = len(space.names)
         args: list[tuple[Ref, Sequence[Label], int]] = []

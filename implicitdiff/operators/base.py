@@ -112,6 +112,8 @@ def check_parameters(kind: str, expected: Mapping[str, tuple[Tensor, tuple[int, 
     Raises:
         StructureError: a shape differs, or two batch axes are neither equal nor 1, or the dtypes differ.
     """
+    if _well_formed(expected):
+        return
     shapes = {name: tuple(tensor.shape) for name, (tensor, _) in expected.items()}
     batches = {shape[0] for shape in shapes.values() if shape} - {1}
     for name, (_, wanted) in expected.items():
@@ -133,3 +135,21 @@ def check_parameters(kind: str, expected: Mapping[str, tuple[Tensor, tuple[int, 
         raise StructureError(
             f"{kind}: the parameters have different dtypes {sorted(map(str, dtypes))}; cast them."
         )
+
+
+def _well_formed(expected: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> bool:
+    """Whether there is nothing to report: the ordinary case, without the work of writing messages."""
+    batch, dtype = 1, None
+    for tensor, wanted in expected.values():
+        shape = tensor.shape
+        if len(shape) != 1 + len(wanted) or (dtype is not None and tensor.dtype != dtype):
+            return False
+        dtype = tensor.dtype
+        for have, want in zip(shape[1:], wanted, strict=True):
+            if want not in (have, -1):
+                return False
+        if shape[0] != 1:
+            if batch not in (1, shape[0]):
+                return False
+            batch = shape[0]
+    return True

@@ -7,6 +7,7 @@ declared constraints. Out: ``Block``; solvers/schur.py eliminates its diagonal c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,33 @@ from torch import Tensor
 from implicitdiff.errors import StructureError
 from implicitdiff.operators.base import LinearOperator, check_parameters
 from implicitdiff.operators.products import batched_matvec
+
+
+class NullVectors(tuple[Tensor, ...]):
+    """Null vectors that outlive one matrix: a plan states the same ones at each call.
+
+    Attributes:
+        derived: what solvers computed from them once, by a key of their own.
+    """
+
+    derived: dict[object, object]
+
+    def __new__(cls, vectors: Sequence[Tensor] = ()) -> "NullVectors":
+        """Keep the vectors and start with nothing derived."""
+        made = super().__new__(cls, vectors)
+        made.derived = {}
+        return made
+
+    def like(self, dtype: torch.dtype, device: torch.device) -> "NullVectors":
+        """Return the same vectors of that dtype and on that device, converted once."""
+        if all(vector.dtype == dtype and vector.device == device for vector in self):
+            return self
+        found = self.derived.get((dtype, device))
+        if not isinstance(found, NullVectors):
+            found = self.derived[dtype, device] = NullVectors(
+                [v.to(dtype=dtype, device=device) for v in self]
+            )
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +79,14 @@ class Block(LinearOperator):
                     f"{self.kind}: blocks[{i}][{i}] must be a LinearOperator of size {size}, got "
                     f"{_describe(corner)}."
                 )
-        expected = {f"blocks[{i}][{j}]": (t, (self.sizes[i], self.sizes[j])) for i, j, t in self.couplings}
-        check_parameters(self.kind, expected)
-        batches = {corner.batch for corner in self.corners} | {t.shape[0] for _, _, t in self.couplings}
+        couplings, corners = self.couplings, self.corners
+        batches = {corner.batch for corner in corners} | {block.shape[0] for _, _, block in couplings}
+        dtypes = {block.dtype for _, _, block in couplings}
+        fitting = all(block.shape[1:] == (self.sizes[i], self.sizes[j]) for i, j, block in couplings)
+        if not fitting or len(dtypes) > 1 or any(block.dim() != 3 for _, _, block in couplings):
+            check_parameters(
+                self.kind, {f"blocks[{i}][{j}]": (t, (self.sizes[i], self.sizes[j])) for i, j, t in couplings}
+            )
         if len(batches - {1}) > 1:
             raise StructureError(
                 f"{self.kind}: the blocks have batch sizes {sorted(batches)}; give each B, or 1 to share it."
@@ -61,7 +94,11 @@ class Block(LinearOperator):
         if self.null_vectors and not self.symmetric:
             raise StructureError(f"{self.kind}: null_vectors are only meant for a symmetric matrix.")
         # Sequences become tensors once, here; the field is otherwise as it was given.
-        vectors = tuple(torch.as_tensor(v, dtype=self.dtype, device=self.device) for v in self.null_vectors)
+        given = self.null_vectors
+        if isinstance(given, NullVectors):
+            vectors = given.like(self.dtype, self.device)
+        else:
+            vectors = NullVectors([torch.as_tensor(v, dtype=self.dtype, device=self.device) for v in given])
         for vector in vectors:
             if vector.shape != (self.size,):
                 raise StructureError(
@@ -70,13 +107,13 @@ class Block(LinearOperator):
                 )
         object.__setattr__(self, "null_vectors", vectors)
 
-    @property
+    @cached_property
     def corners(self) -> tuple[LinearOperator, ...]:
         """The operators on the diagonal of the grid."""
-        corners = (row[i] for i, row in enumerate(self.blocks))
-        return tuple(corner for corner in corners if isinstance(corner, LinearOperator))
+        corners = [row[i] for i, row in enumerate(self.blocks)]
+        return tuple([corner for corner in corners if isinstance(corner, LinearOperator)])
 
-    @property
+    @cached_property
     def couplings(self) -> tuple[tuple[int, int, Tensor], ...]:
         """The tensors off the diagonal that are not zero, each with its row and column in the grid."""
         return tuple(
@@ -86,12 +123,12 @@ class Block(LinearOperator):
             if i != j and isinstance(block, Tensor)
         )
 
-    @property
+    @cached_property
     def size(self) -> int:
         """m, the sum of the sizes."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """B, or 1 where every block is shared."""
         batches = [corner.batch for corner in self.corners] + [t.shape[0] for _, _, t in self.couplings]
@@ -107,7 +144,7 @@ class Block(LinearOperator):
         """The device of the first corner."""
         return self.corners[0].device
 
-    @property
+    @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Where each block lies in the flat vector."""
         ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]

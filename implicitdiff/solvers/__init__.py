@@ -14,6 +14,7 @@ from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.pseudo_inverse import PseudoInverse
 from implicitdiff.solvers.schur import Schur
+from implicitdiff.solvers.schur_cg import SchurConjugateGradients
 from implicitdiff.solvers.select import PLANNED, SOLVERS, Choice, choose, solver_named
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
@@ -34,6 +35,7 @@ __all__ = [
     "LinearSolver",
     "PseudoInverse",
     "Schur",
+    "SchurConjugateGradients",
     "Tridiagonal",
     "Woodbury",
     "choose",

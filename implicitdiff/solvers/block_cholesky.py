@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from implicitdiff.operators import BlockDiagonal, LinearOperator
-from implicitdiff.solvers.base import ColumnFactorization, Cost, Factorization, LinearSolver, blank
+from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver, blank
 from implicitdiff.solvers.cholesky import CholeskyFactorization
 from implicitdiff.solvers.lu import LUFactorization
 
@@ -72,7 +72,10 @@ class BlockCholesky(LinearSolver):
         batch, number, inside, _ = operator.blocks.shape
         entries, vectors, item = batch * number * inside**2, batch * operator.size, operator.dtype.itemsize
         return Cost(
-            entries * (inside + 6) // 3, (4 * entries + 6 * vectors) * item, (entries + 3 * vectors) * item
+            entries * (inside + 6) // 3,
+            (4 * entries + 6 * vectors) * item,
+            (entries + 3 * vectors) * item,
+            14 + batch * number * inside // PANEL,
         )
 
     def _factor(self, operator: LinearOperator) -> BlockFactorization:

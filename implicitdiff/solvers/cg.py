@@ -24,11 +24,10 @@ from implicitdiff.operators import (
 )
 from implicitdiff.operators.products import batched_matvec
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
+from implicitdiff.solvers.iteration import STEP_OPERATIONS, step_tolerance
 from implicitdiff.solvers.kernel import Kernel
+from implicitdiff.solvers.low_rank_cg import low_rank_cost, low_rank_iteration
 from implicitdiff.status import Status
-
-# Steps that the cost model assumes; the well-conditioned matrices of pooling and transport take 2 to 12.
-_PREDICTED_STEPS = 20
 
 
 @singledispatch
@@ -169,7 +168,7 @@ class ConjugateGradientsFactorization(Factorization):
 
 @dataclass(frozen=True)
 class ConjugateGradients(LinearSolver):
-    """Preconditioned conjugate gradients.
+    """Preconditioned conjugate gradients; for low rank plus diagonal with a direct solver to fall back on.
 
     Attributes:
         tolerance: of the residual, relative to the right-hand side; None: eps^(7/8) of the dtype (9e-7 in
@@ -188,16 +187,25 @@ class ConjugateGradients(LinearSolver):
         return None if operator.symmetric else "the matrix is not symmetric"
 
     def cost(self, operator: LinearOperator) -> Cost:
-        """20 steps of one product with the matrix and 12 passes over vectors of m."""
+        """The predicted steps (20 where nothing is known), each one product and 12 passes over vectors of m."""
+        if isinstance(operator, LowRankPlusDiagonal) and operator.symmetric:
+            return low_rank_cost(operator)
         product = product_cost(operator)
         entries, item = operator.batch * operator.size, operator.dtype.itemsize
-        flops = _PREDICTED_STEPS * (product.flops + 12 * entries)
-        moved = _PREDICTED_STEPS * (product.bytes + 24 * entries * item)
-        return Cost(flops, moved, product.peak + 6 * entries * item)
+        step = Cost(
+            product.flops + 12 * entries,
+            product.bytes + 24 * entries * item,
+            product.peak + 6 * entries * item,
+            STEP_OPERATIONS + 12,
+        )
+        return step * 20
 
-    def _factor(self, operator: LinearOperator) -> ConjugateGradientsFactorization:
-        eps = torch.finfo(operator.dtype).eps
-        tolerance = eps**0.875 if self.tolerance is None else self.tolerance
+    def _factor(self, operator: LinearOperator) -> Factorization:
+        if self.limit is None:
+            lean = low_rank_iteration(operator, self.tolerance)
+            if lean is not None:
+                return lean
+        tolerance = step_tolerance(operator.dtype) if self.tolerance is None else self.tolerance
         limit = min(max(20, 2 * operator.size), 500) if self.limit is None else self.limit
         return ConjugateGradientsFactorization(operator, tolerance, limit)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator
-from implicitdiff.solvers.base import ColumnFactorization, Cost, Factorization, LinearSolver
+from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver
 from implicitdiff.solvers.condition import inverse_norm, reciprocal_condition, singular_level, suspicion_level
 from implicitdiff.solvers.formation import dense_rejection, formation_cost
 from implicitdiff.solvers.kernel import factor_off_kernel
@@ -104,7 +104,8 @@ class Cholesky(LinearSolver):
         """1/3 m^3 flops to factor, 2 m^2 to solve; one m x m factor beside the matrix."""
         size, item = operator.size, operator.dtype.itemsize
         entries = operator.batch * size * size
-        own = Cost(entries * (size + 6) // 3, 4 * entries * item, entries * item)
+        panels = operator.batch * size // PANEL
+        own = Cost(entries * (size + 6) // 3, 4 * entries * item, entries * item, 12 + panels)
         return formation_cost(operator) + own
 
     def _factor(self, operator: LinearOperator) -> Factorization:

@@ -84,7 +84,7 @@ class Divide(LinearSolver):
     def cost(self, operator: LinearOperator) -> Cost:
         """M flops, three vectors of m moved, one made."""
         entries = operator.batch * operator.size
-        return Cost(entries, 3 * entries * operator.dtype.itemsize, entries * operator.dtype.itemsize)
+        return Cost(entries, 3 * entries * operator.dtype.itemsize, entries * operator.dtype.itemsize, 2)
 
     def _factor(self, operator: LinearOperator) -> DiagonalFactorization:
         diagonal = diagonal_entries(operator)

@@ -29,7 +29,7 @@ def dense_rejection(operator: LinearOperator, *, symmetric: bool = True) -> str 
 def formation_cost(operator: LinearOperator) -> Cost:
     """Return the cost of ``operator.to_dense()``: m^2 entries written, unless the kind needs more."""
     entries = operator.batch * operator.size**2
-    return Cost(0, entries * operator.dtype.itemsize, entries * operator.dtype.itemsize)
+    return Cost(0, entries * operator.dtype.itemsize, entries * operator.dtype.itemsize, 3)
 
 
 @formation_cost.register
@@ -42,7 +42,7 @@ def _low_rank_formation(operator: LowRankPlusDiagonal) -> Cost:
     # U diag(c), then one product of an m x k and a k x m matrix.
     batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
     factor, entries = batch * size * rank, batch * size * size
-    return Cost(factor * (2 * size + 1), (4 * factor + 2 * entries) * item, (factor + entries) * item)
+    return Cost(factor * (2 * size + 1), (4 * factor + 2 * entries) * item, (factor + entries) * item, 5)
 
 
 @formation_cost.register
@@ -50,4 +50,4 @@ def _block_formation(operator: Block) -> Cost:
     entries, item = operator.batch * operator.size**2, operator.dtype.itemsize
     corners = [formation_cost(corner) for corner in operator.corners]
     flops, moved = sum(cost.flops for cost in corners), sum(cost.bytes for cost in corners)
-    return Cost(flops, moved + 2 * entries * item, entries * item + max(cost.peak for cost in corners))
+    return Cost(flops, moved + 2 * entries * item, entries * item + max(cost.peak for cost in corners), 28)

@@ -3,12 +3,14 @@
 In: the null vectors of a ``Block``. Out: ``Kernel``. Next file: ``schur.py``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from implicitdiff.operators import Block, LinearOperator
+from implicitdiff.operators.block import NullVectors
 from implicitdiff.solvers.base import Factorization
 
 
@@ -26,22 +28,51 @@ class Kernel:
             self._basis = basis / torch.linalg.vector_norm(basis).clamp(min=torch.finfo(basis.dtype).tiny)
         else:
             self._basis = torch.linalg.qr(basis)[0]
+        self._restricted: dict[tuple[tuple[int, ...], tuple[int, ...]], Kernel] = {}
 
     @classmethod
     def of(cls, operator: LinearOperator) -> "Kernel | None":
         """Return the proved kernel of an operator, None where nothing was proved."""
         if not isinstance(operator, Block) or not operator.null_vectors:
             return None
-        vectors = [torch.as_tensor(vector, device=operator.device) for vector in operator.null_vectors]
-        return cls(torch.stack(vectors, dim=-1))
+        vectors = operator.null_vectors
+        assert isinstance(vectors, NullVectors)  # Block makes them so
+        known = vectors.derived.get("kernel")
+        if not isinstance(known, Kernel):
+            known = vectors.derived["kernel"] = cls(torch.stack(tuple(vectors), dim=-1))
+        return known
 
-    def restrict(self, places: Sequence[slice]) -> "Kernel":
-        """Return the space spanned by the entries of the null vectors in the given places alone."""
-        return Kernel(torch.cat([self._basis[place] for place in places]))
+    def restrict(self, operator: Block, blocks: tuple[int, ...]) -> "Kernel":
+        """Return the space spanned by the entries of the null vectors in the given blocks of the grid alone."""
+        key = (operator.sizes, blocks)
+        if key not in self._restricted:
+            slices = operator.slices
+            self._restricted[key] = Kernel(torch.cat([self._basis[slices[i]] for i in blocks]))
+        return self._restricted[key]
+
+    @cached_property
+    def level(self) -> float | None:
+        """The square of the entries, where there is one vector and its entries are equal up to sign; else None."""
+        if self._basis.shape[1] != 1 or not self._basis.shape[0]:
+            return None
+        vector = self._basis[:, 0]
+        if vector.is_meta:
+            return (
+                1.0 / vector.shape[0]
+            )  # without numbers: the ordinary case, sums of all rows of a constraint
+        return float(vector[0]) ** 2 if bool((vector == vector[0]).all()) else None
+
+    @property
+    def outer(self) -> Tensor:
+        """Q Q', (m, m)."""
+        return self._basis @ self._basis.mT
 
     def project(self, vector: Tensor) -> Tensor:
         """Return the vector (..., m) without its part in the kernel; 4 m q flops."""
-        return vector - (vector @ self._basis) @ self._basis.mT
+        part = torch.matmul(vector, self._basis)
+        if self._basis.shape[1] == 1:
+            return torch.addcmul(vector, part, self._basis[:, 0], value=-1)
+        return vector - part @ self._basis.mT
 
     def deflate_(self, matrix: Tensor, lift: Tensor) -> None:
         """Add lift Q Q' to the matrix (B, m, m) in place, lift (B,): its eigenvalue 0 becomes lift.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator
-from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
+from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver
 from implicitdiff.solvers.formation import dense_rejection, formation_cost
 from implicitdiff.solvers.kernel import factor_off_kernel
 from implicitdiff.solvers.scaled import SymmetricallyScaledFactorization
@@ -82,7 +82,8 @@ class LDL(LinearSolver):
         """1/3 m^3 flops to factor, 12 m^2 to scale, 2 m^2 to solve; three m x m matrices."""
         size, item = operator.size, operator.dtype.itemsize
         entries = operator.batch * size * size
-        own = Cost(entries * (size + 42) // 3, 30 * entries * item, 3 * entries * item)
+        panels = operator.batch * size // PANEL
+        own = Cost(entries * (size + 42) // 3, 30 * entries * item, 3 * entries * item, 50 + panels)
         return formation_cost(operator) + own
 
     def _factor(self, operator: LinearOperator) -> Factorization:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator
-from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
+from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver
 from implicitdiff.solvers.formation import dense_rejection, formation_cost
 from implicitdiff.solvers.kernel import factor_off_kernel
 from implicitdiff.solvers.scaled import ScaledFactorization
@@ -47,7 +47,8 @@ class LU(LinearSolver):
         """2/3 m^3 flops to factor, 2 m^2 to solve; three m x m matrices for scaling and the factor."""
         size, item = operator.size, operator.dtype.itemsize
         entries = operator.batch * size * size
-        own = Cost(entries * (2 * size + 9) // 3, 14 * entries * item, 3 * entries * item)
+        panels = operator.batch * size // PANEL
+        own = Cost(entries * (2 * size + 9) // 3, 14 * entries * item, 3 * entries * item, 40 + panels)
         return formation_cost(operator) + own
 
     def _factor(self, operator: LinearOperator) -> Factorization:

@@ -28,6 +28,7 @@ from implicitdiff.solvers.divide import Divide
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.schur import Schur
+from implicitdiff.solvers.schur_cg import SchurConjugateGradients
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
@@ -43,6 +44,7 @@ SOLVERS: dict[str, LinearSolver] = {
         LU(),
         LDL(),
         Schur(),
+        SchurConjugateGradients(),
         ConjugateGradients(),
     )
 }
@@ -50,7 +52,6 @@ SOLVERS: dict[str, LinearSolver] = {
 
 PLANNED: tuple[str, ...] = (
     "kronecker",
-    "schur-cg",
     "minres",
     "gmres",
     "sparse-lu",
@@ -99,12 +100,12 @@ def _for_bands(operator: Banded) -> tuple[str, ...]:
 
 @candidates.register
 def _for_low_rank(operator: LowRankPlusDiagonal) -> tuple[str, ...]:
-    return ("woodbury", "cholesky", "lu")
+    return ("woodbury", "cholesky", "cg", "lu")
 
 
 @candidates.register
 def _for_grid(operator: Block) -> tuple[str, ...]:
-    return ("schur", "cholesky", "lu")
+    return ("schur", "schur-cg", "cholesky", "lu")
 
 
 @candidates.register
@@ -112,7 +113,9 @@ def _for_products(operator: MatrixFree) -> tuple[str, ...]:
     return ("cg",)
 
 
-def choose(operator: LinearOperator, requested: str = "auto", *, definite: bool | None = None) -> Choice:
+def choose(
+    operator: LinearOperator, requested: str = "auto", *, definite: bool | None = None, many: bool = False
+) -> Choice:
     """Choose the solver for an operator, from its kind and its shapes alone.
 
     Args:
@@ -120,6 +123,8 @@ def choose(operator: LinearOperator, requested: str = "auto", *, definite: bool 
         requested: "auto", or a name of the contract.
         definite: False where the matrix is known not to be positive definite (a KKT matrix), so that Cholesky
             and conjugate gradients are not considered. None or True: nothing is ruled out.
+        many: whether there will be many right-hand sides, as when S = A H^-1 A' is formed: a factorisation serves
+            all of them, so iterations are not considered.
 
     Returns:
         The cheapest possible candidate, or the one requested.
@@ -144,8 +149,10 @@ def choose(operator: LinearOperator, requested: str = "auto", *, definite: bool 
     rejected: list[tuple[str, str]] = []
     for name in candidates(operator):
         reason = SOLVERS[name].reject(operator)
-        if reason is None and definite is False and name in ("cholesky", "cg"):
+        if reason is None and definite is False and name in ("cholesky", "cg", "schur-cg"):
             reason = "the matrix is not positive definite"
+        if reason is None and many and name in ("cg", "schur-cg") and len(candidates(operator)) > 1:
+            reason = "there are many right-hand sides"
         if reason is None:
             possible.append((name, SOLVERS[name].cost(operator)))
         else:
@@ -154,11 +161,11 @@ def choose(operator: LinearOperator, requested: str = "auto", *, definite: bool 
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
         raise OptionError(f"no solver takes the {operator.kind} matrix of size {operator.size}: {reasons}.")
     # min() keeps the first of equals: the order of the candidates decides.
-    best, cost = min(possible, key=lambda entry: entry[1].work)
+    best, cost = min(possible, key=lambda entry: entry[1].seconds)
     for name, other in possible:
         if name != best:
-            ratio = other.work / max(1, cost.work)
-            rejected.append((name, f"predicted to take {ratio:.1f} times the work of {best}"))
+            ratio = other.seconds / cost.seconds
+            rejected.append((name, f"predicted to take {ratio:.1f} times as long as {best}"))
     order = candidates(operator)
     rejected.sort(key=lambda entry: order.index(entry[0]))
     return Choice(SOLVERS[best], cost, tuple(rejected))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal
 from implicitdiff.operators.products import batched_matvec, weighted_product
-from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, blank
+from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
+from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.lu import LUFactorization
 from implicitdiff.status import Status
 
@@ -29,7 +30,35 @@ class WoodburyFactorization(Factorization):
 
     def __init__(self, operator: LowRankPlusDiagonal) -> None:
         """Form and factor the k x k matrix: 2 m k^2 + 2/3 k^3 flops a sample."""
-        self._operator = operator
+        self._operator = self._lifted = operator
+        if not self._factor_plainly():
+            self._factor_carefully()
+
+    def _factor_plainly(self) -> bool:
+        """Factor as if all were well and return whether it was: D positive and even, no pivot small.
+
+        Then nothing needs scaling, lifting or refining. Pivots are held against 1 and the largest entry of I + C G, the
+        size of the terms that may have cancelled.
+        """
+        operator = self._operator
+        if operator.rank == 0 or operator.diagonal.numel() == 0:
+            return False
+        self._inverse = operator.diagonal.reciprocal()
+        self._gram = weighted_product(operator.right_factor.mT, self._inverse, operator.left.mT)
+        capacity = operator.weights[:, :, None] * self._gram
+        capacity.diagonal(dim1=-2, dim2=-1).add_(1)
+        self._plain = torch.linalg.lu_factor_ex(capacity)[:2]
+        smallest = self._plain[0].diagonal(dim1=-2, dim2=-1).abs().amin(-1)
+        largest = capacity.abs().amax((-2, -1)).clamp_(min=1)
+        lowest, highest = torch.aminmax(operator.diagonal, dim=-1)
+        fine = smallest > suspicion_level(operator.dtype) * largest
+        fine = fine & (lowest > 0) & (highest < _UNEVEN * lowest)
+        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        return bool(fine.all())
+
+    def _factor_carefully(self) -> None:
+        operator = self._operator
+        self._plain = None
         hopeless = torch.zeros_like(operator.diagonal[:, 0], dtype=torch.bool)
         if bool((operator.diagonal == 0).any()):
             operator, hopeless = _lift_zeros(operator)
@@ -75,12 +104,24 @@ class WoodburyFactorization(Factorization):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return the solution (..., B, m); 4 m k + 2 k^2 flops a vector."""
-        batch = rhs.shape[-2] if self.status.shape[0] == 1 else self.status.shape[0]
+        own = self.status.shape[0]
+        batch = rhs.shape[-2] if own == 1 else own
         rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
+        if self._plain is not None:
+            return from_rows(self._apply_plainly(to_rows(rhs, own)), rhs.shape)
         solution = self._apply(rhs)
         if self._refine:
             solution = solution + self._apply(rhs - self._operator.matvec(solution))
         return solution if self._lost is None else blank(solution, rhs, self._lost)
+
+    def _apply_plainly(self, rows: Tensor) -> Tensor:
+        assert self._plain is not None
+        operator, inverse = self._operator, self._inverse[:, None]
+        left, right = (t if t.shape[0] > 1 else t[0] for t in (operator.left, operator.right_factor))
+        scaled = rows * inverse
+        inner = torch.matmul(scaled, right) * operator.weights[:, None]
+        inner = torch.linalg.lu_solve(*self._plain, inner.mT).mT
+        return scaled.addcmul_(torch.matmul(inner, left.mT), inverse, value=-1)
 
     def _apply(self, rhs: Tensor) -> Tensor:
         operator = self._lifted
@@ -140,7 +181,8 @@ class Woodbury(LinearSolver):
         scaled = factor if operator.diagonal.shape[1] > 1 else 0
         flops = factor * (2 * rank + 4) + scaled + small * (2 * rank + 9) // 3 + 4 * vector
         moved = 4 * factor + 2 * scaled + 12 * small + 8 * vector
-        return Cost(flops, moved * item, (max(scaled + small, 4 * small) + 3 * vector) * item)
+        peak = (max(scaled + small, 4 * small) + 3 * vector) * item
+        return Cost(flops, moved * item, peak, 25 + batch * rank // PANEL)
 
     def _factor(self, operator: LinearOperator) -> WoodburyFactorization:
         assert isinstance(operator, LowRankPlusDiagonal)

@@ -202,8 +202,10 @@ class Recipes:
         declared, build, rows = self.declared, self.build, self.declared.space.rows
         kkt = self._solver(way)
         on_u, on_h = self._sides("v", "v_lam", BATCHED)
-        b = [build.scale(-1.0, ref) if with_lam else build.number(0.0) for ref in on_h]
-        w, s, status = kkt.solve([build.scale(-1.0, ref) for ref in on_u], b, BATCHED)
+        # Where the sign stands is a matter of taste: without constraints w = H^-1 v, with them s is a gradient itself.
+        sign = -1.0 if on_h else 1.0
+        b = [build.scale(sign, ref) if with_lam else build.number(0.0) for ref in on_h]
+        w, s, status = kkt.solve([build.scale(sign, ref) for ref in on_u], b, BATCHED)
         held_w = [
             build.hold(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
             for k, (ref, leaf) in enumerate(zip(w, declared.variables, strict=True))
@@ -216,7 +218,7 @@ class Recipes:
             ref = gradients.get(leaf.node.id)
             if not need or ref is None:
                 continue
-            (ref,) = build.replaced([ref], zeros)
+            (ref,) = build.replaced([self._signed(ref, -sign)], zeros)
             if build.is_zero(ref):
                 continue
             if not leaf.placeholder.batched:
@@ -226,6 +228,16 @@ class Recipes:
         flags = self._cancelled(kkt)
         first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
         return Recipe([*outputs, *flags, self._status(status)], first, self._factors(kkt) if given else {})
+
+    def _signed(self, ref: Ref, sign: float) -> Ref:
+        """+-ref; a sum takes the sign in its terms."""
+        if ref.node.op != "add" or sign == 1.0:
+            return self.build.scale(sign, ref)
+        constant, coefficients = ref.node.data
+        args, _ = self.build.open(ref)
+        return self.build.add(
+            [(sign * c, arg) for c, arg in zip(coefficients, args, strict=True)], sign * constant
+        )
 
     def _feasible_sums(self, w: Sequence[Ref]) -> list[Ref]:
         """Sums of w that are exactly a row of A w: they are 0 (in the gradients, which hold w fixed, not before)."""

@@ -7,6 +7,7 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -195,10 +196,10 @@ class StructuredPlan:
         a singular H that is banded is anchored first, where that leaves it banded.
         """
         found = function.emitted.results
-        if "cancelled" in found and out[found.index("cancelled")]:
+        if len(found) > 1 and found[-2] == "cancelled" and out[-2]:
             return "refined"
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
-        if whole or not bool((status == Status.SINGULAR).any()):
+        if whole or not bool(status.any()) or not bool((status == Status.SINGULAR).any()):
             return None
         return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
 
@@ -250,7 +251,7 @@ class StructuredPlan:
         while way is not None:
             function = self._vjp(way, wanted, v_lam is not None, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
-            if self._lost(out[: len(theta_leaves)], u):
+            if function.fragile and self._lost(function, out, u):
                 if factor is not None:  # the point moves, and with it K
                     return self._pulled(u, lam, theta, v_u, v_lam, needs, None)
                 out = function({**values, **self.arguments.point(_off_zero(u), lam, theta)})
@@ -258,9 +259,7 @@ class StructuredPlan:
             way = self._next(way, function, out, status)
         found = dict(zip(function.emitted.results, out, strict=True))
         grads = tuple(
-            (found[leaf.name].reshape(t.shape).to(t.dtype) if leaf.name in found else torch.zeros_like(t))
-            if need
-            else None
+            (_fitted(found[leaf.name], t) if leaf.name in found else torch.zeros_like(t)) if need else None
             for need, leaf, t in zip(wanted, theta_leaves, theta, strict=True)
         )
         return grads, status
@@ -273,15 +272,17 @@ class StructuredPlan:
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 
-    def _lost(self, grads: Sequence[Tensor], u: Leaves) -> bool:
+    def _lost(self, function: Written, out: Sequence[Any], u: Leaves) -> bool:
         """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
 
         The large gradients are not read again: they have the pattern of w, which is 0 there.
         """
-        small = [
-            g for g in grads if isinstance(g, Tensor) and g.is_floating_point() and g.numel() < u[0].numel()
-        ]
-        return any(not bool(torch.isfinite(g).all()) for g in small)
+        for name, value in zip(function.emitted.results, out, strict=True):
+            if name in function.fragile and isinstance(value, Tensor) and value.is_floating_point():
+                # a sum that overflows costs a second run, nothing else
+                if value.numel() < u[0].numel() and not math.isfinite(float(value.sum())):
+                    return True
+        return False
 
     # ---------------------------------------------------------------- the probe
 
@@ -344,3 +345,10 @@ class StructuredPlan:
 def _off_zero(u: Leaves) -> Leaves:
     """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
     return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)
+
+
+def _fitted(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its tensor."""
+    if gradient.shape != like.shape:
+        gradient = gradient.reshape(like.shape)
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)

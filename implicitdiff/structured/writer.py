@@ -14,10 +14,14 @@ from torch import Tensor
 
 from implicitdiff import operators, solvers
 from implicitdiff.graph.emit import Emitted, Emitter, Output
-from implicitdiff.graph.ir import Ref, reachable
+from implicitdiff.graph.ir import Node, Ref, reachable
 from implicitdiff.graph.record import LOCK
 from implicitdiff.kkt import saddle
+from implicitdiff.operators.block import NullVectors
 from implicitdiff.structured.arguments import Arguments
+
+FAILING = frozenset("log log1p exp expm1".split())
+"""Functions that are not finite at some finite argument, or whose products with 0 are not."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Written:
 
     emitted: Emitted
     arguments: tuple[str, ...]
+    fragile: frozenset[str] = frozenset()
+    """The results whose expressions may be infinite or NaN at finite arguments: logarithms, negative powers."""
 
     def __call__(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The results for the tensors of a call (and objects that are given), by name."""
@@ -59,7 +65,7 @@ class Writer:
             **constants,
         }
         if null_vectors:
-            self.namespace["null_vectors"] = null_vectors
+            self.namespace["null_vectors"] = NullVectors(null_vectors)
         self.known: dict[Hashable, Written] = {}
 
     def function(self, key: Hashable, name: str, document: str, recipe: Callable[[], Recipe]) -> Written:
@@ -91,7 +97,8 @@ class Writer:
         emitted = emitter.function(
             name, names, recipe.outputs, self.namespace, preamble, document, recipe.first, given
         )
-        return Written(emitted, names)
+        fragile = (o.name for o in recipe.outputs if any(map(_may_fail, reachable([o.ref.node]))))
+        return Written(emitted, names, frozenset(fragile))
 
     def _reshape(self, name: str, sizes: tuple[int, ...], prefix: int) -> list[str]:
         """The statement that gives an argument the finer axes of its leaf, where they differ from its dimensions."""
@@ -112,3 +119,9 @@ class Writer:
             ):
                 return [f"{name} = {name}.to({like}.dtype)"]
         return []
+
+
+def _may_fail(node: Node) -> bool:
+    if node.op == "fn":
+        return node.data[0] in FAILING
+    return node.op == "prod" and any(power < 0.0 or power != int(power) for power in node.data[1])

@@ -1,0 +1,119 @@
+"""Conjugate gradients on D + U diag(c) U': U is applied, U'U or U U' never formed.
+
+In: a symmetric low-rank-plus-diagonal matrix, whose eigenvalues lie close together in robust pooling (2 or 3 steps). Out:
+``LowRankIteration``, which ``ConjugateGradients`` returns for this kind. Next file: ``select.py``.
+"""
+
+import torch
+from torch import Tensor
+
+from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal, select_samples
+from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, from_rows, to_rows
+from implicitdiff.solvers.cholesky import Cholesky
+from implicitdiff.solvers.iteration import (
+    PREDICTED_STEPS,
+    STEP_OPERATIONS,
+    break_even,
+    iterate,
+    probe_row,
+    step_tolerance,
+)
+from implicitdiff.solvers.woodbury import Woodbury
+
+DENSE_BYTES = 2**31
+"""Above this the matrix of one sample is not formed, also where the iteration fails."""
+
+
+def direct_solver(operator: LowRankPlusDiagonal) -> LinearSolver | None:
+    """Return the direct solver for this kind, None where its matrix would be too large."""
+    if operator.rank < operator.size:
+        return Woodbury()
+    return Cholesky() if operator.size**2 * operator.dtype.itemsize <= DENSE_BYTES else None
+
+
+class LowRankIteration(Factorization):
+    """Nothing is factored: U, c and D are kept for ``solve``, which falls back on a direct solver.
+
+    An answer of the iteration is taken only where a probe converged beside it (``iteration.probe_row``), so a singular
+    matrix does not pass for a regular one. Samples that do not converge within the steps that a direct solver would
+    pay for are solved by it, and their status is its.
+    """
+
+    def __init__(self, operator: LowRankPlusDiagonal, direct: LinearSolver, tolerance: float) -> None:
+        """Keep the operator and the direct solver for what does not converge."""
+        self._operator, self._direct, self._tolerance = operator, direct, tolerance
+        self._limit = break_even(direct.cost(operator), step_cost(operator))
+        self._inverse: Tensor | None = None
+        self._whole: Factorization | None = None
+        if operator.diagonal.shape[1] > 1:
+            if bool((operator.diagonal > 0).all()):
+                self._inverse = operator.diagonal.reciprocal()[:, None]
+            else:
+                self._whole = direct.factor(operator)
+        self.steps = 0
+        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        if self._whole is not None:
+            self.status = self._whole.status
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Return the solution (..., B, m); 4 m k flops a step for each right-hand side and for the probe."""
+        if self._whole is not None:
+            return self._whole.solve(rhs)
+        operator = self._operator
+        own = operator.batch
+        batch = rhs.shape[-2] if own == 1 else own
+        rhs = rhs.expand(*rhs.shape[:-2], batch, operator.size)
+        if rhs.numel() == 0:
+            return rhs.clone()
+        rows = to_rows(rhs, own)
+        probe = probe_row(operator.size, operator.dtype, operator.device)
+        given = torch.cat([rows, probe.expand(own, 1, -1)], dim=1)
+        found = iterate(self._product, given, self._inverse, self._tolerance, self._limit)
+        self.steps = found.steps
+        solution = from_rows(found.solution[:, :-1], rhs.shape)
+        return solution if found.converged is None else self._solve_directly(rhs, solution, found.converged)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        operator = self._operator
+        left = operator.left if operator.left.shape[0] > 1 else operator.left[0]
+        inner = torch.matmul(rows, left).mul_(operator.weights[:, None])
+        return torch.matmul(inner, left.mT).addcmul_(operator.diagonal[:, None], rows)
+
+    def _solve_directly(self, rhs: Tensor, solution: Tensor, converged: Tensor) -> Tensor:
+        """Solve the samples that did not converge by the direct solver, and keep its verdict."""
+        lost = ~converged.all(1)
+        if bool(lost.all()):
+            self._whole = self._direct.factor(self._operator)
+            self.status = self._whole.status
+            return self._whole.solve(rhs)
+        samples = lost.nonzero()[:, 0]
+        some = self._direct.factor(select_samples(self._operator, samples))
+        self.status = self.status.index_copy(0, samples, some.status)
+        return solution.index_copy(-2, samples, some.solve(rhs[..., samples, :]))
+
+
+def step_cost(operator: LowRankPlusDiagonal) -> Cost:
+    """Return the cost of one step: two products with U for the right-hand side and for the probe."""
+    batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
+    entries, vectors = batch * size * rank, 2 * batch * size
+    moved = (2 * entries + 24 * vectors) * item
+    return Cost(
+        8 * entries + 14 * vectors, moved, (8 * vectors + 2 * batch * rank) * item, STEP_OPERATIONS + 4
+    )
+
+
+def low_rank_cost(operator: LowRankPlusDiagonal) -> Cost:
+    """Return the predicted cost of factor and solve."""
+    return step_cost(operator) * PREDICTED_STEPS
+
+
+def low_rank_iteration(operator: LinearOperator, tolerance: float | None) -> LowRankIteration | None:
+    """Return the iteration for a symmetric matrix of this kind; None where no direct solver could take over."""
+    if not isinstance(operator, LowRankPlusDiagonal) or not operator.symmetric:
+        return None
+    direct = direct_solver(operator)
+    if direct is None:
+        return None
+    return LowRankIteration(
+        operator, direct, step_tolerance(operator.dtype) if tolerance is None else tolerance
+    )
