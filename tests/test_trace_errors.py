@@ -352,5 +352,13 @@ def test_devices_are_named() -> None:
         def init(self, x):
             return x.clone()
 
-    with pytest.raises(idf.InputError, match=r"mixes devices .*x cpu, self\.weight cuda:0"):
+    with pytest.raises(idf.InputError, match=r"\(x\) are on cpu, .*self\.weight on cuda:0: move"):
         traced(OnAnotherDevice(), X)
+
+
+def test_devices_of_integer_inputs_are_named() -> None:
+    with FakeTensorMode():
+        power = torch.ones(5, 3, device="cuda", dtype=torch.int64)
+    problem = declare(lambda u, x, power: (power * (u - x) ** 2).sum(), init=lambda x, power: x.clone())
+    with pytest.raises(idf.InputError, match=r"mixes devices .*x cpu, power cuda:0"):
+        traced(problem, X, power)
