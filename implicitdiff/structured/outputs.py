@@ -139,7 +139,7 @@ class Recipes:
         weight = call(build, text, args, (), BATCHED, "rho")
         terms = [*declared.hessian_terms, *declared.anchor_terms(weight)]
         form = banded.form_of(build, declared.space, terms)
-        return None if form is None or form.kind != "banded" else Anchor(form, weight)
+        return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
 
     @property
     def first(self) -> Way:
