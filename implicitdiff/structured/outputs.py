@@ -136,7 +136,7 @@ class Recipes:
         names = [f"{{{k}}}" for k in range(len(args))]
         of_h, of_a = ", ".join(names[: 1 + len(values)]), ", ".join([names[0], *names[1 + len(values) :]])
         text = f"saddle.anchor_weight(saddle.largest({of_h}), saddle.largest({of_a}))"
-        weight = call(build, text, args, (), BATCHED, "rho")
+        weight = call(build, text, args, (), BATCHED)
         terms = [*declared.hessian_terms, *declared.anchor_terms(weight)]
         form = banded.form_of(build, declared.space, terms)
         return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
