@@ -1,6 +1,6 @@
 """One small problem for each structure of the Hessian, so that each solver has one it is right for.
 
-In: nothing. Out: seven problems. Next: `test_second_order.py`, which takes each down its path.
+In: nothing. Out: eight problems. Next: `test_second_order.py`, which takes each down its path.
 """
 
 import torch
@@ -51,6 +51,19 @@ class Bent(idf.Problem):
         return (u + 0.2 * torch.sin(u)).sum() - c
 
     def init(self, x, c):
+        return torch.zeros_like(x)
+
+
+class Held(idf.Problem):
+    """Differences with both ends held: H is banded and singular, K is regular."""
+
+    def objective(self, u, x, ends):
+        return torch.cosh(u[1:] - u[:-1]).sum() - x @ u
+
+    def equality(self, u, x, ends):
+        return u[0] - ends[0] ** 2, u[-1] + torch.sin(u[-1]) / 2 - ends[1]
+
+    def init(self, x, ends):
         return torch.zeros_like(x)
 
 

@@ -21,7 +21,7 @@ from implicitdiff.plan import BACKWARDS
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.solvers import SOLVERS
 from tests.attached_newton import Attached
-from tests.path_problems import Bent, Chain, Cumulative, Full, Regression, Rows, Separable
+from tests.path_problems import Bent, Chain, Cumulative, Full, Held, Regression, Rows, Separable
 from tests.small_problems import Portfolio, Quartic, Torch, draw
 
 
@@ -82,6 +82,7 @@ SMALL_TRANSPORT = (COSTS[:, :2, 1:], MASSES[0][:, 1:], MASSES[1][:, 1:])
 STRENGTHS = torch.tensor([1.3, 2.0], dtype=torch.float64)
 RISK = numbers(4, 4, seed=9)
 ASSETS = (RISK @ RISK.mT + torch.eye(4, dtype=torch.float64), numbers(2, 4, seed=7))
+HELD = (numbers(2, 4, seed=5, scale=0.4), numbers(2, 2, seed=6, scale=0.5))
 BENT = (numbers(2, 5, seed=5), numbers(2, seed=6))
 PLANE = (numbers(2, 3, seed=3), numbers(3, seed=4, scale=0.2, shift=1.0))
 SMOOTH = {"quadratic": 1.0, "pseudo-huber": 0.8, "huber": 1.1, "welsch": 1.5, "truncated-quadratic": 1.7}
@@ -135,6 +136,7 @@ PATHS = (
     solved_by("tridiagonal", "rows-in-a-chain", Chain, (numbers(2, 4, 2, seed=3),)),
     *(solved_by(s, "bent", Bent, BENT, shown="schur") for s in ("banded-cholesky", "schur")),
     *(solved_by(s, "bent", Bent, BENT) for s in ("lu", "ldl")),
+    *(solved_by(s, "held", Held, HELD) for s in ("schur", "lu", "ldl")),
     solved_by("woodbury", "regression", Regression, WIDE),
     solved_by("woodbury", "pooling", pooling("welsch", 2.5), HIGH_POINTS),
     *(solved_by(s, "regression", Regression, DATA) for s in ("cholesky", "lu", "ldl", "cg")),

@@ -141,6 +141,9 @@ def like(build: Builder) -> Ref:
 def dense_matrix(build: Builder, form: Form) -> Ref:
     """The whole matrix (B, m, m), over two labels."""
     space = form.space
+    if form.kind == "banded":
+        out = (build.labels.new(space.size), build.labels.new(space.size))
+        return call(build, "{0}.to_dense()", [(_banded(build, form), (), -1)], out, BATCHED)
     return joined(
         build,
         [

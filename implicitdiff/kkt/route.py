@@ -218,7 +218,8 @@ class RouteFinder:
             choice = solvers.choose(operator, "cg")
             rejected = (*choice.rejected, ("cholesky", needed))
             return form.kind, replace(choice, rejected=rejected)
-        return (form.kind if structured else "dense"), choice
+        # a band is written into a dense matrix faster by its operator than term by term
+        return (form.kind if structured or form.kind == "banded" else "dense"), choice
 
     def _surely_singular(self, form: Form) -> bool:
         """Whether some variable has no curvature at all."""

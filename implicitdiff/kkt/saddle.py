@@ -113,6 +113,11 @@ def _added(parts: list[Tensor]) -> Tensor:
     return total
 
 
+def anchor_weight(curvature: Tensor, slope: Tensor) -> Tensor:
+    """rho of H + rho A'A from max |H| and max |A| of each sample, (B,): both parts then count; 0 where A is 0."""
+    return torch.where(slope > 0, curvature / slope.square(), 0.0)
+
+
 class RangeSpace:
     """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves.
 

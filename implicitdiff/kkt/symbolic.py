@@ -49,7 +49,6 @@ class SymbolicKKT:
 
     def solve(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
         """(w, s, status refs): a and w over the rows of the variables' space, b and s over the constraints' labels."""
-        build = self.build
         if self.route.name == "unconstrained":
             w, status = self._inverse(a, prefix)
             return w, [], status
@@ -57,7 +56,7 @@ class SymbolicKKT:
             return self._range_space(a, b, prefix)
         if self.weight is not None:
             # H w - A's = a and -A w = b give (H + rho A'A) w - A's = a - rho A'b: s is the same
-            weight, pulled = self.weight, self._spread(b)
+            build, weight, pulled = self.build, self.weight, self._spread(b)
             a = [build.minus(x, build.times(weight, y)) for x, y in zip(a, pulled, strict=True)]
         return self._numbers(a, b, prefix)
 

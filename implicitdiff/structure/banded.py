@@ -49,12 +49,9 @@ def form_of(build: Builder, space: Space, terms: Sequence[Contribution]) -> Form
         return _banded(space, entry, groups, reaches, columns)
     if len(groups) == len(columns):
         # without a term along the whole axes a part of the diagonal may be zero for every value of the inputs
-        whole = any(not t.has_places for t in terms)
-        return (
-            Form(space, ((entry,),), "diagonal", "every term ties all axes of the variable to themselves")
-            if whole
-            else None
-        )
+        if all(t.has_places for t in terms):
+            return None
+        return Form(space, ((entry,),), "diagonal", "every term ties all axes of the variable to themselves")
     if groups:
         reason = f"every term ties {_listed(groups)} of the variable to itself"
         return Form(space, ((entry,),), "block-diagonal", reason, groups)

@@ -135,17 +135,18 @@ class Recipes:
         args += [(ref, ref.labels, BATCHED) for ref in (*values, *rows)]
         names = [f"{{{k}}}" for k in range(len(args))]
         of_h, of_a = ", ".join(names[: 1 + len(values)]), ", ".join([names[0], *names[1 + len(values) :]])
-        text = f"saddle.largest({of_h}) / saddle.largest({of_a}).square()"
-        weight = call(build, text, args, (), BATCHED, "rho")
+        text = f"saddle.anchor_weight(saddle.largest({of_h}), saddle.largest({of_a}))"
+        weight = call(build, text, args, (), BATCHED)
         terms = [*declared.hessian_terms, *declared.anchor_terms(weight)]
         form = banded.form_of(build, declared.space, terms)
-        return None if form is None or form.kind != "banded" else Anchor(form, weight)
+        return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
 
-    @property
+    @cached_property
     def first(self) -> Way:
         """The way that is tried first: an H of differences alone is not tried, since it is singular most likely."""
-        whole = any(not term.has_places for term in self.declared.hessian_terms)
-        return "route" if whole or self.anchor is None else "anchored"
+        if self.anchor is None or any(not term.has_places for term in self.declared.hessian_terms):
+            return "route"
+        return "anchored"
 
     def _cancelled(self, kkt: SymbolicKKT) -> list[Output]:
         """A flag that asks for the refined way; float64 has digits to spare."""
