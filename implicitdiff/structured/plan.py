@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,26 @@ from implicitdiff.structured.report import report
 from implicitdiff.structured.writer import Writer, Written
 
 assert rules.__all__  # importing the package is what registers the translation rules
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An emitted backward pass, ready to be called.
+
+    Attributes:
+        function: the emitted function.
+        sources: where each of its arguments is found: a group (u, lam, theta, v_u, v_lam) and a place in it.
+        places: for each theta its place among the results; -1 where the gradient is zero, None where not wanted.
+    """
+
+    function: Written
+    sources: tuple[tuple[int, int], ...]
+    places: tuple[int | None, ...]
+
+    def call(self, given: tuple[Leaves, ...]) -> tuple[Any, ...]:
+        """The results for the leaves of a call."""
+        out: tuple[Any, ...] = self.function.emitted.call(*[given[g][k] for g, k in self.sources])
+        return out
 
 
 class StructuredPlan:
@@ -80,6 +101,7 @@ class StructuredPlan:
         code = self._vjp("route", wanted, False) if shown and any(wanted) else every
         self.analysis: Analysis = report(self.declared, form, route, code.emitted.source)
         self._contradiction: bool | None = None
+        self._runs: dict[tuple[Way, tuple[bool, ...], bool], _Run] = {}
 
     # ---------------------------------------------------------------- the point
 
@@ -183,31 +205,39 @@ class StructuredPlan:
         """A gradient per theta that needs one, and the status of each sample."""
         if self._contradicted(u, lam, theta):
             return self.dense.vjp(u, lam, theta, v_u, v_lam, needs)
-        values = {
-            **self.arguments.point(u, lam, theta),
-            **self.arguments.sides("v", "v_lam", v_u, () if v_lam is None else v_lam),
-        }
-        theta_leaves = self.declared.theta
-        wanted = tuple(
-            need and leaf.placeholder.dtype.is_floating_point
-            for need, leaf in zip(needs, theta_leaves, strict=True)
-        )
+        given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         way: Way | None = "route"
         while way is not None:
-            function = self._vjp(way, wanted, v_lam is not None)
-            out = function(values)
-            if function.fragile and self._lost(function, out, u):
-                out = function({**values, **self.arguments.point(_off_zero(u), lam, theta)})
+            run = self._run(way, tuple(needs), v_lam is not None)
+            out = run.call(given)
+            if run.function.fragile and self._lost(run.function, out, u):
+                out = run.call((_off_zero(u), *given[1:]))
             status = self._verdicts(out[-1], u)
-            way = self._next(way, function, out, status)
-        found = dict(zip(function.emitted.results, out, strict=True))
+            way = self._next(way, run.function, out, status)
         grads = tuple(
-            (_fitted(found[leaf.name], t) if leaf.name in found else torch.zeros_like(t))
-            if need
-            else None
-            for need, leaf, t in zip(wanted, theta_leaves, theta, strict=True)
+            None if place is None else _fitted(out[place], t) if place >= 0 else torch.zeros_like(t)
+            for place, t in zip(run.places, theta, strict=True)
         )
         return grads, status
+
+    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> _Run:
+        """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
+        found = self._runs.get((way, needs, with_lam))
+        if found is None:
+            theta = self.declared.theta
+            wanted = tuple(
+                need and leaf.placeholder.dtype.is_floating_point for need, leaf in zip(needs, theta, strict=True)
+            )
+            function = self._vjp(way, wanted, with_lam)
+            results = function.emitted.results
+            places = tuple(
+                None if not want else results.index(leaf.name) if leaf.name in results else -1
+                for want, leaf in zip(wanted, theta, strict=True)
+            )
+            sources = self.arguments.sources("v", "v_lam")
+            found = _Run(function, tuple(sources[name] for name in function.arguments), places)
+            self._runs[way, needs, with_lam] = found
+        return found
 
     def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool) -> Written:
         return self.writer.function(
