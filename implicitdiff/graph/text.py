@@ -18,6 +18,8 @@ class Operand:
     text: str
     labels: tuple[Label, ...]
     prefix: int
+    certain: bool = False
+    """Whether the leading axes are there for certain: no axis of size 1 shared by all samples."""
 
     def aligned(self, order: Sequence[Label]) -> str:
         """The expression with its axes in `order`, 1 where it has none."""

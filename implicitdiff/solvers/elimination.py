@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import Block, Diagonal, LinearOperator, ScaledIdentity
+from implicitdiff.operators.products import rows_times
 from implicitdiff.solvers.base import from_rows, to_rows
 from implicitdiff.solvers.divide import diagonal_entries
 from implicitdiff.solvers.kernel import Kernel
@@ -127,6 +128,4 @@ def joined(parts: list[Tensor]) -> Tensor:
 
 def minus_product(rows: Tensor, factor: Tensor, matrix: Tensor) -> Tensor:
     """Return rows - factor @ matrix for rows (B, R, q), factor (B, R, p), matrix (B or 1, p, q)."""
-    if matrix.shape[0] == rows.shape[0]:
-        return torch.baddbmm(rows, factor, matrix, alpha=-1)
-    return rows - torch.matmul(factor, matrix[0])
+    return rows - rows_times(factor, matrix)

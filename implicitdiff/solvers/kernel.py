@@ -67,10 +67,10 @@ class Kernel:
 
     def project(self, vector: Tensor) -> Tensor:
         """Return the vector (..., m) without its part in the kernel; 4 m q flops."""
-        part = torch.matmul(vector, self._basis)
         if self._basis.shape[1] == 1:
-            return torch.addcmul(vector, part, self._basis[:, 0], value=-1)
-        return vector - part @ self._basis.mT
+            only = self._basis[:, 0]
+            return torch.addcmul(vector, (vector * only).sum(-1, keepdim=True), only, value=-1)
+        return vector - (vector @ self._basis) @ self._basis.mT
 
     def deflate_(self, matrix: Tensor, lift: Tensor) -> None:
         """Add lift Q Q' to the matrix (B, m, m) in place, lift (B,): its eigenvalue 0 becomes lift.

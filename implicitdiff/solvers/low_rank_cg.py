@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal, select_samples
+from implicitdiff.operators.products import rows_times
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, from_rows, to_rows
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.iteration import (
@@ -75,9 +76,8 @@ class LowRankIteration(Factorization):
 
     def _product(self, rows: Tensor) -> Tensor:
         operator = self._operator
-        left = operator.left if operator.left.shape[0] > 1 else operator.left[0]
-        inner = torch.matmul(rows, left).mul_(operator.weights[:, None])
-        return torch.matmul(inner, left.mT).addcmul_(operator.diagonal[:, None], rows)
+        inner = rows_times(rows, operator.left).mul_(operator.weights[:, None])
+        return rows_times(inner, operator.left.mT).addcmul_(operator.diagonal[:, None], rows)
 
     def _solve_directly(self, rhs: Tensor, solution: Tensor, converged: Tensor) -> Tensor:
         """Solve the samples that did not converge by the direct solver, and keep its verdict."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import Block, LinearOperator, select_samples
+from implicitdiff.operators.products import rows_times
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
 from implicitdiff.solvers.elimination import Elimination, corner_entries, joined, minus_product, split_blocks
 from implicitdiff.solvers.iteration import (
@@ -86,7 +87,7 @@ class SchurIteration(Factorization):
             inner: Tensor | None = None
             for i, other, block in elimination.couplings:
                 if other == e:
-                    term = torch.matmul(parts[self._places[i]], block if block.shape[0] > 1 else block[0])
+                    term = rows_times(parts[self._places[i]], block)
                     inner = term if inner is None else inner + term
             if inner is not None:
                 inner = inner * inverse[:, None]

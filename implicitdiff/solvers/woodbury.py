@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal
-from implicitdiff.operators.products import batched_matvec, weighted_product
+from implicitdiff.operators.products import batched_matvec, rows_times, weighted_product
 from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.lu import LUFactorization
@@ -50,7 +50,7 @@ class WoodburyFactorization(Factorization):
             self._inverse = diagonal.reciprocal()
             gram = weighted_product(operator.right_factor.mT, self._inverse, operator.left.mT)
         else:
-            gram = torch.matmul(operator.right_factor.mT, operator.left)
+            gram = rows_times(operator.right_factor.mT, operator.left)
         matrix = gram * operator.weights[:, None]
         if len(matrix) != operator.batch:
             return False
@@ -59,7 +59,7 @@ class WoodburyFactorization(Factorization):
         self._plain = factor, order
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
-        largest = torch.linalg.vector_norm(matrix, torch.inf, (-2, -1))[:, None]
+        largest = matrix.abs().amax((-2, -1))[:, None]
         if uneven:
             lowest, highest = torch.aminmax(diagonal, dim=-1, keepdim=True)
             fine = (smallest > suspicion_level(operator.dtype) * largest.clamp_(min=1)) & (lowest > 0)
@@ -133,15 +133,13 @@ class WoodburyFactorization(Factorization):
     def _apply_plainly(self, rows: Tensor) -> Tensor:
         assert self._plain is not None
         operator = self._operator
-        left, right = operator.left, operator.right_factor
-        if left.shape[0] != rows.shape[0] or right.shape[0] != rows.shape[0]:
-            left, right = left.expand(len(rows), -1, -1), right.expand(len(rows), -1, -1)
         uneven = operator.diagonal.shape[1] > 1
         scaled = rows * self._inverse[:, None] if uneven else rows
-        inner = torch.linalg.lu_solve(*self._plain, torch.bmm(scaled, right).mT).mT * operator.weights[:, None]
+        inner = torch.linalg.lu_solve(*self._plain, rows_times(scaled, operator.right_factor).mT).mT
+        back = rows_times(inner * operator.weights[:, None], operator.left.mT)
         if uneven:
-            return scaled.addcmul_(torch.bmm(inner, left.mT), self._inverse[:, None], value=-1)
-        return torch.baddbmm(rows, inner, left.mT, alpha=-1).div_(operator.diagonal[:, None])
+            return scaled.addcmul_(back, self._inverse[:, None], value=-1)
+        return (rows - back).div_(operator.diagonal[:, None])
 
     def _apply(self, rhs: Tensor) -> Tensor:
         operator = self._lifted
