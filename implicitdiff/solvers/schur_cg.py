@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import Block, LinearOperator, select_samples
-from implicitdiff.operators.products import rows_times
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
-from implicitdiff.solvers.elimination import Elimination, corner_entries, joined, minus_product, split_blocks
+from implicitdiff.solvers.elimination import (
+    Elimination,
+    PairElimination,
+    corner_entries,
+    is_pair,
+    joined,
+    split_blocks,
+)
 from implicitdiff.solvers.iteration import (
     PREDICTED_STEPS,
     STEP_OPERATIONS,
@@ -34,23 +40,22 @@ class SchurIteration(Factorization):
 
     def __init__(self, operator: Block) -> None:
         """Look at the corners; what is not positive goes to the direct solver."""
-        split = split_blocks(operator)
-        assert split is not None
         self._operator = operator
-        self._elimination = Elimination(operator, split)
+        self._elimination: PairElimination | Elimination
+        if is_pair(operator):
+            pair = self._elimination = PairElimination(operator)
+            corner, inverses = pair.corner, [pair.inverse]
+        else:
+            split = split_blocks(operator)
+            assert split is not None
+            whole = self._elimination = Elimination(operator, split)
+            entries = [(corner_entries(operator.corners[i]), operator.sizes[i]) for i in split.remaining]
+            corner = joined([c.expand(operator.batch, n) for c, n in entries])
+            inverses = list(whole.inverse.values())
+        self._inverse = corner.reciprocal()[:, None]
         self._limit = break_even(Schur().cost(operator), step_cost(operator))
-        corners = [corner_entries(operator.corners[i]) for i in split.remaining]
-        sizes = [operator.sizes[i] for i in split.remaining]
-        if len(corners) > 1:
-            corners = [c.expand(operator.batch, n) for c, n in zip(corners, sizes, strict=True)]
-        self._corner = joined(corners)
-        inside = [(i, j, block) for i, j, block in operator.couplings if {i, j} <= set(split.remaining)]
-        self._places = dict(zip(split.remaining, range(len(sizes)), strict=True))
-        self._inside, self._sizes = inside, sizes
-        self._inverse = self._corner.reciprocal()[:, None]
         # An entry that is zero, infinite or NaN has an inverse that is not positive, or NaN in the first product.
-        inverses = (*self._elimination.inverse.values(), self._inverse)
-        lowest = [inverse.amin() for inverse in inverses if inverse.numel()]
+        lowest = [inverse.amin() for inverse in (*inverses, self._inverse) if inverse.numel()]
         self.steps = 0
         self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
         self._whole: Factorization | None = None
@@ -72,29 +77,10 @@ class SchurIteration(Factorization):
         given = torch.cat([left, probe.expand(left.shape[0], 1, -1)], dim=1)
         if kernel is not None:
             given = kernel.project(given)
-        found = iterate(self._product, given, self._inverse, step_tolerance(operator.dtype), self._limit)
+        found = iterate(elimination.product, given, self._inverse, step_tolerance(operator.dtype), self._limit)
         self.steps = found.steps
         solution = elimination.substitute(parts, found.solution[:, :-1], shape)
         return solution if found.converged is None else self._solve_directly(rhs, solution, found.converged)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        elimination = self._elimination
-        parts = list(rows.split(self._sizes, dim=-1))
-        images = [part for part in (rows * self._corner[:, None]).split(self._sizes, dim=-1)]
-        for i, j, block in self._inside:
-            images[self._places[i]] = minus_product(images[self._places[i]], -parts[self._places[j]], block.mT)
-        for e, inverse in elimination.inverse.items():
-            inner: Tensor | None = None
-            for i, other, block in elimination.couplings:
-                if other == e:
-                    term = rows_times(parts[self._places[i]], block)
-                    inner = term if inner is None else inner + term
-            if inner is not None:
-                inner = inner * inverse[:, None]
-                for i, other, block in elimination.couplings:
-                    if other == e:
-                        images[self._places[i]] = minus_product(images[self._places[i]], inner, block.mT)
-        return joined(images)
 
     def _take_whole(self) -> None:
         self._whole = Schur().factor(self._operator)
