@@ -126,7 +126,7 @@ def test_transport_sizes(shape: tuple[int, int], expected: str) -> None:
         ("scaled identity", "divide"),
         ("diagonal", "divide"),
         ("rows of a matrix", "block-cholesky"),
-        ("low rank", "cholesky"),
+        ("low rank", "woodbury"),
         ("rank above the size", "cholesky"),
         ("different factors", "woodbury"),
         ("transport 5 x 3", "schur"),

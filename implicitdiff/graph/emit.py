@@ -15,6 +15,7 @@ from implicitdiff.graph.build import Builder
 from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
+from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
     Operand,
     axis_list,
@@ -26,8 +27,7 @@ from implicitdiff.graph.text import (
     tuple_body,
     wrapped,
 )
-from implicitdiff.graph.tidy import Shape, tidied
-
+from implicitdiff.graph.tidy import tidied
 
 KEEPS_BATCH = re.compile(r"\{0\}(\.solve\(|\[|\.unflatten|\.flatten)|saddle\.beside")
 """Calls whose result has the batch where an argument has it."""

@@ -50,7 +50,7 @@ def permuted(text: str, order: Sequence[int], prefix: int) -> str:
 
 
 def wrapped(line: str, width: int = 104) -> list[str]:
-    """A statement in lines of about `width`, broken at spaces inside brackets; brackets are added where there are none."""
+    """A statement in lines of about `width`, broken at spaces inside brackets, which are added where there are none."""
     if len(line) <= width:
         return [line]
     cuts = _cuts(line)

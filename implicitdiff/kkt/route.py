@@ -201,7 +201,6 @@ class RouteFinder:
 
         return operators.Block(tuple(tuple(cell(i, j) for j in number) for i in number), sizes)
 
-
     def _hessian_solver(
         self, form: Form, linear_solver: str, constrained: bool
     ) -> tuple[str, solvers.Choice]:

@@ -105,7 +105,9 @@ class RangeSpace:
         status: (B,) int8, of both factorisations.
     """
 
-    def __init__(self, factor: Factorization, jacobian: Tensor, null_vectors: NullVectors | tuple[Tensor, ...] = ()) -> None:
+    def __init__(
+        self, factor: Factorization, jacobian: Tensor, null_vectors: NullVectors | tuple[Tensor, ...] = ()
+    ) -> None:
         """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
         self.factor, self.jacobian = factor, jacobian
         inverse = factor.solve(jacobian.transpose(0, 1))

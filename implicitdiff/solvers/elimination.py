@@ -162,7 +162,7 @@ class PairElimination:
         self.kernel = Kernel.of(operator)
         self.own_kernel = None if self.kernel is None else self.kernel.restrict(operator, (self.own,))
 
-    def reduce(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, rhs: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the right-hand sides of the eliminated block, and what is left for S: (B, R, .)."""
         if self.batch != 1 and rhs.shape[-2] != self.batch:
             rhs = rhs.expand(*rhs.shape[:-2], self.batch, self.operator.size)
@@ -171,11 +171,11 @@ class PairElimination:
             rows = self.kernel.project(rows)
         parts = torch.split_with_sizes(rows, self.operator.sizes, -1)
         other = parts[self.other]
-        return other, minus_product(parts[self.own], other * self._spread, self.coupling.mT)
+        return [other], minus_product(parts[self.own], other * self._spread, self.coupling.mT)
 
-    def substitute(self, other: Tensor, answer: Tensor, shape: torch.Size) -> Tensor:
+    def substitute(self, parts: list[Tensor], answer: Tensor, shape: torch.Size) -> Tensor:
         """Return the whole solution, of ``shape``, from S^-1 of what was left."""
-        eliminated = minus_product(other, answer, self.coupling).mul_(self._spread)
+        eliminated = minus_product(parts[0], answer, self.coupling).mul_(self._spread)
         solution = torch.cat((eliminated, answer) if self.other == 0 else (answer, eliminated), -1)
         return from_rows(solution if self.kernel is None else self.kernel.project(solution), shape)
 

@@ -28,6 +28,7 @@ class Kernel:
             self._basis = basis / torch.linalg.vector_norm(basis).clamp(min=torch.finfo(basis.dtype).tiny)
         else:
             self._basis = torch.linalg.qr(basis)[0]
+        self._only = self._basis[:, 0] if basis.shape[1] else self._basis
         self._restricted: dict[tuple[tuple[int, ...], tuple[int, ...]], Kernel] = {}
 
     @classmethod
@@ -57,7 +58,9 @@ class Kernel:
             return None
         vector = self._basis[:, 0]
         if vector.is_meta:
-            return 1.0 / vector.shape[0]  # without numbers: the ordinary case, sums of all rows of a constraint
+            return (
+                1.0 / vector.shape[0]
+            )  # without numbers: the ordinary case, sums of all rows of a constraint
         return float(vector[0]) ** 2 if bool((vector == vector[0]).all()) else None
 
     @property
@@ -68,7 +71,7 @@ class Kernel:
     def project(self, vector: Tensor) -> Tensor:
         """Return the vector (..., m) without its part in the kernel; 4 m q flops."""
         if self._basis.shape[1] == 1:
-            only = self._basis[:, 0]
+            only = self._only
             return torch.addcmul(vector, (vector * only).sum(-1, keepdim=True), only, value=-1)
         return vector - (vector @ self._basis) @ self._basis.mT
 

@@ -1,8 +1,10 @@
 """Conjugate gradients on D + U diag(c) U': U is applied, U'U or U U' never formed.
 
-In: a symmetric low-rank-plus-diagonal matrix, whose eigenvalues lie close together in robust pooling (2 or 3 steps). Out:
-``LowRankIteration``, which ``ConjugateGradients`` returns for this kind. Next file: ``select.py``.
+In: a symmetric low-rank-plus-diagonal matrix; in robust pooling its eigenvalues lie close together (2 or 3 steps).
+Out: ``LowRankIteration``, which ``ConjugateGradients`` returns for this kind. Next file: ``select.py``.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,7 +45,8 @@ class LowRankIteration(Factorization):
     def __init__(self, operator: LowRankPlusDiagonal, direct: LinearSolver, tolerance: float) -> None:
         """Keep the operator and the direct solver for what does not converge."""
         self._operator, self._direct, self._tolerance = operator, direct, tolerance
-        self._limit = break_even(direct.cost(operator), step_cost(operator))
+        width = operator.diagonal.shape[1]
+        self._limit = _step_limit(operator.batch, operator.size, operator.rank, width, operator.dtype)
         self._inverse: Tensor | None = None
         self._whole: Factorization | None = None
         if operator.diagonal.shape[1] > 1:
@@ -92,12 +95,24 @@ class LowRankIteration(Factorization):
         return solution.index_copy(-2, samples, some.solve(rhs[..., samples, :]))
 
 
+@lru_cache(maxsize=256)
+def _step_limit(batch: int, size: int, rank: int, width: int, dtype: torch.dtype) -> int:
+    """Return the steps that take as long as the direct solver."""
+    shapes = ((batch, width), (batch, size, rank), (batch, rank))
+    operator = LowRankPlusDiagonal(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes))
+    direct = direct_solver(operator)
+    assert direct is not None
+    return break_even(direct.cost(operator), step_cost(operator))
+
+
 def step_cost(operator: LowRankPlusDiagonal) -> Cost:
     """Return the cost of one step: two products with U for the right-hand side and for the probe."""
     batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
     entries, vectors = batch * size * rank, 2 * batch * size
     moved = (2 * entries + 24 * vectors) * item
-    return Cost(8 * entries + 14 * vectors, moved, (8 * vectors + 2 * batch * rank) * item, STEP_OPERATIONS + 4)
+    return Cost(
+        8 * entries + 14 * vectors, moved, (8 * vectors + 2 * batch * rank) * item, STEP_OPERATIONS + 4
+    )
 
 
 def low_rank_cost(operator: LowRankPlusDiagonal) -> Cost:
@@ -112,4 +127,6 @@ def low_rank_iteration(operator: LinearOperator, tolerance: float | None) -> Low
     direct = direct_solver(operator)
     if direct is None:
         return None
-    return LowRankIteration(operator, direct, step_tolerance(operator.dtype) if tolerance is None else tolerance)
+    return LowRankIteration(
+        operator, direct, step_tolerance(operator.dtype) if tolerance is None else tolerance
+    )

@@ -47,12 +47,13 @@ class PlainSchurFactorization(Factorization):
             lifted = coupling.new_zeros(1, 1, 1)
         else:
             # Where all entries of the null vector are equal, its outer product need not be written down.
-            lifted = corner.mean(-1)[:, None, None] * (kernel.outer if kernel.level is None else kernel.level)
+            share = (kernel.outer if kernel.level is None else kernel.level) / operator.sizes[pair.own]
+            lifted = corner.sum(-1, keepdim=True)[:, None] * share
         complement = torch.baddbmm(lifted, coupling * pair.inverse[:, None], coupling.mT, alpha=-1)
         complement.diagonal(dim1=-2, dim2=-1).add_(corner)
         self._factor, info = torch.linalg.cholesky_ex(complement)
         self.sound = self._is_sound(complement, lifted, corner, pair.inverse, info)
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.status = info.to(torch.int8)  # 0 where it is sound
 
     def _is_sound(
         self, complement: Tensor, lifted: Tensor, corner: Tensor, inverse: Tensor, info: Tensor
@@ -60,13 +61,13 @@ class PlainSchurFactorization(Factorization):
         # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
         squares = self._factor.diagonal(dim1=-2, dim2=-1).square()
         lift = lifted[:, :, 0] if lifted.shape[-1] == 1 else lifted.diagonal(dim1=-2, dim2=-1)
-        # A factorisation that failed has info > 0, far above all the rest.
-        failed = info.amax() * 1e30
+        if bool(info.any()):
+            return False
         # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
         margin = squares - torch.add(lift, corner, alpha=CANCELLED)
-        if bool((torch.minimum(margin.amin(), inverse.amin()) > failed).all()):
+        if bool((torch.minimum(margin.amin(), inverse.amin()) > 0).all()):
             return True
-        good = (inverse > 0).all() & (info == 0).all()
+        good = (inverse > 0).all()
         kept = complement.diagonal(dim1=-2, dim2=-1) - lift > CANCELLED * corner
         regular = squares > suspicion_level(corner.dtype) * corner
         return bool((good & kept.all() & regular.all()).all())
@@ -80,10 +81,10 @@ class PlainSchurFactorization(Factorization):
         """Return the solution (..., B, m); 4 e r + 2 r^2 flops a vector."""
         own = self._pair.batch
         batch = rhs.shape[-2] if own == 1 else own
-        other, left = self._pair.reduce(rhs)
+        parts, left = self._pair.reduce(rhs)
         half = torch.linalg.solve_triangular(self._factor, left.mT, upper=False)
         answer = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
-        return self._pair.substitute(other, answer, torch.Size((*rhs.shape[:-2], batch, rhs.shape[-1])))
+        return self._pair.substitute(parts, answer, torch.Size((*rhs.shape[:-2], batch, rhs.shape[-1])))
 
 
 class SchurFactorization(Factorization):

@@ -1,15 +1,17 @@
 """Conjugate gradients on the Schur complement of what remains when a diagonal corner is eliminated; S is not formed.
 
-In: a symmetric ``Block`` with diagonal corners: transport plans from about 200 x 200 on. Out: ``SchurConjugateGradients``.
-On the whole grid the same iteration takes twice the steps and more. Next file: ``select.py``.
+In: a symmetric ``Block`` with diagonal corners: transport plans from about 200 x 200 on. Out:
+``SchurConjugateGradients``. On the whole grid the same iteration takes twice the steps and more. Next file:
+``select.py``.
 """
 
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from implicitdiff.operators import Block, LinearOperator, select_samples
+from implicitdiff.operators import Block, Diagonal, LinearOperator, select_samples
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
 from implicitdiff.solvers.elimination import (
     Elimination,
@@ -45,6 +47,7 @@ class SchurIteration(Factorization):
         if is_pair(operator):
             pair = self._elimination = PairElimination(operator)
             corner, inverses = pair.corner, [pair.inverse]
+            self._limit = _pair_limit(operator.sizes, operator.batch, operator.dtype)
         else:
             split = split_blocks(operator)
             assert split is not None
@@ -52,8 +55,8 @@ class SchurIteration(Factorization):
             entries = [(corner_entries(operator.corners[i]), operator.sizes[i]) for i in split.remaining]
             corner = joined([c.expand(operator.batch, n) for c, n in entries])
             inverses = list(whole.inverse.values())
+            self._limit = break_even(Schur().cost(operator), step_cost(operator))
         self._inverse = corner.reciprocal()[:, None]
-        self._limit = break_even(Schur().cost(operator), step_cost(operator))
         # An entry that is zero, infinite or NaN has an inverse that is not positive, or NaN in the first product.
         lowest = [inverse.amin() for inverse in (*inverses, self._inverse) if inverse.numel()]
         self.steps = 0
@@ -77,7 +80,9 @@ class SchurIteration(Factorization):
         given = torch.cat([left, probe.expand(left.shape[0], 1, -1)], dim=1)
         if kernel is not None:
             given = kernel.project(given)
-        found = iterate(elimination.product, given, self._inverse, step_tolerance(operator.dtype), self._limit)
+        found = iterate(
+            elimination.product, given, self._inverse, step_tolerance(operator.dtype), self._limit
+        )
         self.steps = found.steps
         solution = elimination.substitute(parts, found.solution[:, :-1], shape)
         return solution if found.converged is None else self._solve_directly(rhs, solution, found.converged)
@@ -100,6 +105,15 @@ class SchurIteration(Factorization):
         return solution.index_copy(-2, samples, some.solve(rhs.expand(solution.shape)[..., samples, :]))
 
 
+@lru_cache(maxsize=256)
+def _pair_limit(sizes: tuple[int, ...], batch: int, dtype: torch.dtype) -> int:
+    """Return the steps that take as long as the direct solver, for two diagonal corners."""
+    coupling = torch.empty(batch, *sizes, dtype=dtype, device="meta")
+    first, second = (Diagonal(torch.empty(batch, size, dtype=dtype, device="meta")) for size in sizes)
+    operator = Block(((first, coupling), (coupling.mT, second)), sizes)
+    return break_even(Schur().cost(operator), step_cost(operator))
+
+
 def step_cost(operator: Block) -> Cost:
     """Return the cost of one step: two products with each coupling for the right-hand side and for the probe."""
     split = split_blocks(operator)
@@ -114,7 +128,12 @@ def step_cost(operator: Block) -> Cost:
     vectors = 2 * batch * side
     operations = STEP_OPERATIONS + 2 + 2 * len(operator.couplings)
     moved = (2 * batch * entries + 26 * vectors) * item
-    return Cost(8 * batch * entries + 14 * vectors, moved, (10 * vectors + 2 * batch * operator.size) * item, operations)
+    return Cost(
+        8 * batch * entries + 14 * vectors,
+        moved,
+        (10 * vectors + 2 * batch * operator.size) * item,
+        operations,
+    )
 
 
 class SchurConjugateGradients(LinearSolver):
@@ -123,7 +142,7 @@ class SchurConjugateGradients(LinearSolver):
     name: ClassVar[str] = "schur-cg"
 
     def reject(self, operator: LinearOperator) -> str | None:
-        """Refuse what the direct Schur solver refuses, unsymmetric grids, and remaining corners that are not diagonal."""
+        """Refuse what the direct solver refuses, unsymmetric grids, remaining corners that are not diagonal."""
         reason = Schur().reject(operator)
         if reason is not None:
             return reason

@@ -55,8 +55,8 @@ class WoodburyFactorization(Factorization):
         if len(matrix) != operator.batch:
             return False
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0 if uneven else diagonal)
-        factor, order, _ = torch.linalg.lu_factor_ex(matrix)
-        self._plain = factor, order
+        factor, order, info = torch.linalg.lu_factor_ex(matrix)
+        self._plain: tuple[Tensor, Tensor] | None = factor, order
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
         largest = matrix.abs().amax((-2, -1))[:, None]
@@ -68,7 +68,7 @@ class WoodburyFactorization(Factorization):
             size = diagonal.abs()
             bound = suspicion_level(operator.dtype) * torch.maximum(largest, size)
             fine = torch.minimum(smallest, size) > bound
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.status = info.to(torch.int8)  # 0 where no pivot is
         return bool(fine.all())
 
     def _factor_carefully(self) -> None:

@@ -178,7 +178,9 @@ class Recipes:
             return self.build.scale(sign, ref)
         constant, coefficients = ref.node.data
         args, _ = self.build.open(ref)
-        return self.build.add([(sign * c, arg) for c, arg in zip(coefficients, args, strict=True)], sign * constant)
+        return self.build.add(
+            [(sign * c, arg) for c, arg in zip(coefficients, args, strict=True)], sign * constant
+        )
 
     def _feasible_sums(self, w: Sequence[Ref]) -> list[Ref]:
         """Sums of w that are exactly a row of A w: they are 0 (in the gradients, which hold w fixed, not before)."""

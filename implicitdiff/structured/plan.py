@@ -226,7 +226,8 @@ class StructuredPlan:
         if found is None:
             theta = self.declared.theta
             wanted = tuple(
-                need and leaf.placeholder.dtype.is_floating_point for need, leaf in zip(needs, theta, strict=True)
+                need and leaf.placeholder.dtype.is_floating_point
+                for need, leaf in zip(needs, theta, strict=True)
             )
             function = self._vjp(way, wanted, with_lam)
             results = function.emitted.results
@@ -253,10 +254,10 @@ class StructuredPlan:
         The large gradients are not read again: they have the pattern of w, which is 0 there.
         """
         for name, value in zip(function.emitted.results, out, strict=True):
-            if name in function.fragile and isinstance(value, Tensor) and value.is_floating_point():
-                # a sum that overflows costs a second run, nothing else
-                if value.numel() < u[0].numel() and not math.isfinite(float(value.sum())):
-                    return True
+            small = name in function.fragile and value.is_floating_point() and value.numel() < u[0].numel()
+            # a sum that overflows costs a second run, nothing else
+            if small and not math.isfinite(float(value.sum())):
+                return True
         return False
 
     # ---------------------------------------------------------------- the probe

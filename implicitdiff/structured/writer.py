@@ -20,7 +20,6 @@ from implicitdiff.kkt import saddle
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.structured.arguments import Arguments
 
-
 FAILING = frozenset("log log1p exp expm1".split())
 """Functions that are not finite at some finite argument, or whose products with 0 are not."""
 
