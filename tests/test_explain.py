@@ -124,8 +124,9 @@ def test_the_cost_from_shapes_is_that_of_a_real_backward(problem, inputs):
         planned.plan.vjp(*arguments)  # the first call with data tests the structure once
         _, real = measure(planned.plan.vjp, *arguments)
     # Constants that live on the CPU are moved to the meta device, which is a copy of a few bytes more.
-    assert found.flops == real.flops
-    assert found.bytes == pytest.approx(real.bytes, abs=100)
+    # A second look at pivots depends on the data: a few operations on as many numbers as there are constraints.
+    assert found.flops == pytest.approx(real.flops, abs=20 * found.constraint_jacobian.shape[0])
+    assert found.bytes == pytest.approx(real.bytes, abs=100 + 200 * found.constraint_jacobian.shape[0])
     assert found.peak == pytest.approx(real.peak, abs=100)
     assert found.measured == "counted from the shapes"
 

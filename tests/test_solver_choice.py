@@ -128,7 +128,7 @@ def test_transport_sizes(shape: tuple[int, int], expected: str) -> None:
         ("rows of a matrix", "block-cholesky"),
         ("tridiagonal down the columns", "cholesky"),
         ("tridiagonal, unsymmetric", "lu"),
-        ("low rank", "cholesky"),
+        ("low rank", "woodbury"),
         ("rank above the size", "cholesky"),
         ("different factors", "woodbury"),
         ("transport 5 x 3", "schur"),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from implicitdiff.graph.functions import FOLD
+from implicitdiff.graph.functions import FLAT, FOLD, step_height
 from implicitdiff.graph.ir import UNBATCHED, Label, Labels, Node, Ref, Unsupported
 
 Factor = tuple[Ref, float]
@@ -301,14 +301,10 @@ class Builder:
             return self.number(FOLD[name](*numbers, *params))
         if name == "where" and (args[1] == args[2] or numbers[0] is not None):
             return args[1] if args[1] == args[2] or numbers[0] else args[2]
-        if name == "where" and numbers[1:] != [1.0, 0.0]:
-            high, low = numbers[1:]
-            if high is not None and low is not None and math.isfinite(high - low):
-                mask = self.fn("where", [args[0], self.number(1.0), self.number(0.0)])
-                return self.add([(high - low, mask)], low)
-        leaves: frozenset[int] | None = (
-            frozenset() if name in ("detach", "gt", "ge", "lt", "le", "eq", "ne", "sign") else None
-        )
+        if name == "where" and (rise := step_height(numbers[1:])) is not None:
+            mask = self.fn(name, [args[0], self.number(1.0), self.number(0.0)])
+            return self.add([(rise, mask)], numbers[2] or 0.0)
+        leaves: frozenset[int] | None = frozenset() if name in FLAT else None
         return self.make("fn", (name, params), args, self.union(args), leaves=leaves)
 
     def con(self, body: Ref, labels: Iterable[Label], *, over_batch: bool = False) -> Ref:

@@ -118,6 +118,9 @@ def _matmul(
     right = bracket(b.aligned([*bound, *b_only]))
     if not a_only:
         row = f"{bracket(a.text)}[..., None, :]"
+        if a.prefix == b.prefix == 1 and a.certain and b.certain:
+            # a third of the time of @ where the matrices are small
+            return f"torch.bmm({row}, {right}).squeeze(-2)", tuple(b_only)
         return f"({row} @ {right}).squeeze(-2)", tuple(b_only)
     left = bracket(a.aligned([*a_only, *bound]))
     return f"{left} @ {right}", (*a_only, *b_only)

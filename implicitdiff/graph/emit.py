@@ -15,6 +15,7 @@ from implicitdiff.graph.build import Builder
 from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
+from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
     Operand,
     axis_list,
@@ -26,7 +27,7 @@ from implicitdiff.graph.text import (
     tuple_body,
     wrapped,
 )
-from implicitdiff.graph.tidy import Shape, tidied
+from implicitdiff.graph.tidy import tidied
 
 KEEPS_BATCH = re.compile(r"\{0\}(\.solve\(|\[|\.unflatten|\.flatten)|saddle\.beside")
 """Calls whose result has the batch where an argument has it."""
@@ -167,7 +168,8 @@ class Emitter:
             return Operand(literal(number), (), 0)
         variable = self.variable(ref.node)
         names = dict(zip(ref.node.axes, ref.labels, strict=True))
-        return Operand(variable.name, tuple(names[k] for k in variable.layout), ref.node.prefix)
+        layout = tuple(names[k] for k in variable.layout)
+        return Operand(variable.name, layout, ref.node.prefix, self._is_certain(ref.node))
 
     def text(self, ref: Ref, order: Sequence[Label]) -> str:
         """A use of a node, broadcastable against a tensor whose trailing axes are `order`."""
@@ -333,7 +335,7 @@ class Emitter:
         text = inverse or (
             raised(operand.text, power) if power > 0.0 else f"{raised(operand.text, -power)}.reciprocal()"
         )
-        return Operand(text, operand.labels, operand.prefix)
+        return Operand(text, operand.labels, operand.prefix, operand.certain)
 
     def _emit_amax(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])

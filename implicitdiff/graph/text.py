@@ -18,6 +18,8 @@ class Operand:
     text: str
     labels: tuple[Label, ...]
     prefix: int
+    certain: bool = False
+    """Whether the leading axes are there for certain: no axis of size 1 shared by all samples."""
 
     def aligned(self, order: Sequence[Label]) -> str:
         """The expression with its axes in `order`, 1 where it has none."""
@@ -48,7 +50,7 @@ def permuted(text: str, order: Sequence[int], prefix: int) -> str:
 
 
 def wrapped(line: str, width: int = 104) -> list[str]:
-    """A statement in lines of about `width`, broken at spaces inside brackets; brackets are added where there are none."""
+    """A statement in lines of about `width`, broken at spaces inside brackets, which are added where there are none."""
     if len(line) <= width:
         return [line]
     cuts = _cuts(line)

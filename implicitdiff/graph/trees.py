@@ -25,9 +25,11 @@ def substituted(tree: ast.expr, key: str, name: str) -> ast.expr:
         def visit(self, node: ast.AST) -> ast.AST:
             if isinstance(node, ast.expr) and ast.dump(node) == key:
                 return ast.Name(name, ast.Load())
-            return super().generic_visit(node)
+            self.generic_visit(node)
+            return node
 
-    changed: ast.expr = Replace().visit(tree)
+    changed = Replace().visit(tree)
+    assert isinstance(changed, ast.expr)
     return changed
 
 
@@ -54,10 +56,11 @@ def summands(tree: ast.expr) -> list[tuple[float, ast.expr]] | None:
 def negated(tree: ast.expr, in_place: bool) -> ast.expr | None:
     """A product, or a call of `mul_`, with the other sign; None for anything else."""
     if in_place:
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Attribute) and tree.func.attr == "mul_":
-            if not isinstance(tree.args[0], ast.Name):
-                return ast.Call(tree.func, [_minus(tree.args[0])], [])
-        return None
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Attribute):
+            return None
+        if tree.func.attr != "mul_" or isinstance(tree.args[0], ast.Name):
+            return None
+        return ast.Call(tree.func, [_minus(tree.args[0])], [])
     factors = as_product(tree)
     if factors is None or not isinstance(tree, ast.BinOp):
         return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from implicitdiff.errors import StructureError
 from implicitdiff.operators.base import LinearOperator, check_parameters
+from implicitdiff.operators.diagonal import Diagonal
 from implicitdiff.operators.products import batched_matvec
 
 
@@ -35,13 +36,11 @@ class NullVectors(tuple[Tensor, ...]):
 
     def like(self, dtype: torch.dtype, device: torch.device) -> "NullVectors":
         """Return the same vectors of that dtype and on that device, converted once."""
-        if all(vector.dtype == dtype and vector.device == device for vector in self):
-            return self
         found = self.derived.get((dtype, device))
         if not isinstance(found, NullVectors):
-            found = self.derived[dtype, device] = NullVectors(
-                [v.to(dtype=dtype, device=device) for v in self]
-            )
+            same = all(vector.dtype == dtype and vector.device == device for vector in self)
+            found = self if same else NullVectors([v.to(dtype=dtype, device=device) for v in self])
+            self.derived[dtype, device] = found
         return found
 
 
@@ -66,6 +65,39 @@ class Block(LinearOperator):
     kind: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
+        if not self._is_plain_pair():
+            self._check()
+
+    def _is_plain_pair(self) -> bool:
+        """Whether there is nothing to check: two diagonal corners, their coupling, all of one batch size."""
+        sizes, given = self.sizes, self.null_vectors
+        if (
+            len(sizes) != 2
+            or len(self.blocks) != 2
+            or not isinstance(given, NullVectors)
+            or not self.symmetric
+        ):
+            return False
+        (first, upper), (lower, second) = self.blocks
+        if type(first) is not Diagonal or type(second) is not Diagonal:
+            return False
+        if not isinstance(upper, Tensor) or not isinstance(lower, Tensor):
+            return False
+        batch, dtype = upper.shape[0], upper.dtype
+        fitting = (
+            upper.shape == (batch, *sizes)
+            and lower.shape == (batch, sizes[1], sizes[0])
+            and first.diagonal.shape == (batch, sizes[0])
+            and second.diagonal.shape == (batch, sizes[1])
+            and dtype == lower.dtype == first.diagonal.dtype == second.diagonal.dtype
+        )
+        key = (dtype, upper.device)
+        if not fitting or any(vector.shape[0] != sizes[0] + sizes[1] for vector in given):
+            return False
+        object.__setattr__(self, "null_vectors", given.derived.get(key) or given.like(*key))
+        return True
+
+    def _check(self) -> None:
         number = len(self.sizes)
         if number == 0 or len(self.blocks) != number or any(len(row) != number for row in self.blocks):
             raise StructureError(

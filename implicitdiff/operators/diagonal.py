@@ -24,7 +24,8 @@ class Diagonal(StoredOperator):
     kind: ClassVar[str] = "diagonal"
 
     def __post_init__(self) -> None:
-        check_parameters(self.kind, {"diagonal": (self.diagonal, (-1,))})
+        if self.diagonal.dim() != 2:
+            check_parameters(self.kind, {"diagonal": (self.diagonal, (-1,))})
 
     @property
     def size(self) -> int:

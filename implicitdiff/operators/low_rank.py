@@ -32,6 +32,11 @@ class LowRankPlusDiagonal(StoredOperator):
     kind: ClassVar[str] = "low-rank-plus-diagonal"
 
     def __post_init__(self) -> None:
+        shape, own, weights = self.left.shape, self.diagonal.shape, self.weights
+        plain = len(shape) == 3 and self.right is None and own in ((shape[0], 1), (shape[0], shape[1]))
+        plain = plain and weights.shape == (shape[0], shape[2])
+        if plain and weights.dtype == self.left.dtype == self.diagonal.dtype:
+            return
         if self.left.dim() != 3:
             raise StructureError(
                 f"{self.kind}: left has shape {tuple(self.left.shape)}, expected (batch, m, k). The batch "

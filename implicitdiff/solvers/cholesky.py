@@ -105,7 +105,7 @@ class Cholesky(LinearSolver):
         size, item = operator.size, operator.dtype.itemsize
         entries = operator.batch * size * size
         panels = operator.batch * size // PANEL
-        own = Cost(entries * (size + 6) // 3, 4 * entries * item, entries * item, 12 + panels)
+        own = Cost(entries * (size + 6) // 3, 4 * entries * item, entries * item, 20 + panels)
         return formation_cost(operator) + own
 
     def _factor(self, operator: LinearOperator) -> Factorization:

@@ -6,16 +6,19 @@ alone. In: matrices. Out: scalings, reciprocal condition numbers. Next file: ``f
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
+@cache
 def suspicion_level(dtype: torch.dtype) -> float:
     """Return sqrt(eps): a pivot below this part of its original size has lost half its digits."""
     return torch.finfo(dtype).eps ** 0.5
 
 
+@cache
 def singular_level(dtype: torch.dtype) -> float:
     """Return 10 eps, the reciprocal condition number below which a scaled matrix counts as singular.
 

@@ -28,6 +28,7 @@ class Kernel:
             self._basis = basis / torch.linalg.vector_norm(basis).clamp(min=torch.finfo(basis.dtype).tiny)
         else:
             self._basis = torch.linalg.qr(basis)[0]
+        self._only = self._basis[:, 0] if basis.shape[1] else self._basis
         self._restricted: dict[tuple[tuple[int, ...], tuple[int, ...]], Kernel] = {}
 
     @classmethod
@@ -69,10 +70,10 @@ class Kernel:
 
     def project(self, vector: Tensor) -> Tensor:
         """Return the vector (..., m) without its part in the kernel; 4 m q flops."""
-        part = torch.matmul(vector, self._basis)
         if self._basis.shape[1] == 1:
-            return torch.addcmul(vector, part, self._basis[:, 0], value=-1)
-        return vector - part @ self._basis.mT
+            only = self._only
+            return torch.addcmul(vector, (vector * only).sum(-1, keepdim=True), only, value=-1)
+        return vector - (vector @ self._basis) @ self._basis.mT
 
     def deflate_(self, matrix: Tensor, lift: Tensor) -> None:
         """Add lift Q Q' to the matrix (B, m, m) in place, lift (B,): its eigenvalue 0 becomes lift.

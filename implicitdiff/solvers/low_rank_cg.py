@@ -1,13 +1,16 @@
 """Conjugate gradients on D + U diag(c) U': U is applied, U'U or U U' never formed.
 
-In: a symmetric low-rank-plus-diagonal matrix, whose eigenvalues lie close together in robust pooling (2 or 3 steps). Out:
-``LowRankIteration``, which ``ConjugateGradients`` returns for this kind. Next file: ``select.py``.
+In: a symmetric low-rank-plus-diagonal matrix; in robust pooling its eigenvalues lie close together (2 or 3 steps).
+Out: ``LowRankIteration``, which ``ConjugateGradients`` returns for this kind. Next file: ``select.py``.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal, select_samples
+from implicitdiff.operators.products import rows_times
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, from_rows, to_rows
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.iteration import (
@@ -42,7 +45,8 @@ class LowRankIteration(Factorization):
     def __init__(self, operator: LowRankPlusDiagonal, direct: LinearSolver, tolerance: float) -> None:
         """Keep the operator and the direct solver for what does not converge."""
         self._operator, self._direct, self._tolerance = operator, direct, tolerance
-        self._limit = break_even(direct.cost(operator), step_cost(operator))
+        width = operator.diagonal.shape[1]
+        self._limit = _step_limit(operator.batch, operator.size, operator.rank, width, operator.dtype)
         self._inverse: Tensor | None = None
         self._whole: Factorization | None = None
         if operator.diagonal.shape[1] > 1:
@@ -75,9 +79,8 @@ class LowRankIteration(Factorization):
 
     def _product(self, rows: Tensor) -> Tensor:
         operator = self._operator
-        left = operator.left if operator.left.shape[0] > 1 else operator.left[0]
-        inner = torch.matmul(rows, left).mul_(operator.weights[:, None])
-        return torch.matmul(inner, left.mT).addcmul_(operator.diagonal[:, None], rows)
+        inner = rows_times(rows, operator.left).mul_(operator.weights[:, None])
+        return rows_times(inner, operator.left.mT).addcmul_(operator.diagonal[:, None], rows)
 
     def _solve_directly(self, rhs: Tensor, solution: Tensor, converged: Tensor) -> Tensor:
         """Solve the samples that did not converge by the direct solver, and keep its verdict."""
@@ -90,6 +93,16 @@ class LowRankIteration(Factorization):
         some = self._direct.factor(select_samples(self._operator, samples))
         self.status = self.status.index_copy(0, samples, some.status)
         return solution.index_copy(-2, samples, some.solve(rhs[..., samples, :]))
+
+
+@lru_cache(maxsize=256)
+def _step_limit(batch: int, size: int, rank: int, width: int, dtype: torch.dtype) -> int:
+    """Return the steps that take as long as the direct solver."""
+    shapes = ((batch, width), (batch, size, rank), (batch, rank))
+    operator = LowRankPlusDiagonal(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes))
+    direct = direct_solver(operator)
+    assert direct is not None
+    return break_even(direct.cost(operator), step_cost(operator))
 
 
 def step_cost(operator: LowRankPlusDiagonal) -> Cost:

@@ -24,7 +24,7 @@ from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factoriz
 from implicitdiff.solvers.cholesky import CholeskyFactorization
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.divide import diagonal_entries, examine, unusable
-from implicitdiff.solvers.elimination import Elimination, Split, corner_entries, split_blocks
+from implicitdiff.solvers.elimination import PairElimination, Split, corner_entries, is_pair, split_blocks
 from implicitdiff.solvers.formation import formation_cost
 from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.lu import LUFactorization
@@ -39,27 +39,21 @@ class PlainSchurFactorization(Factorization):
     small.
     """
 
-    def __init__(self, operator: Block, split: Split) -> None:
+    def __init__(self, operator: Block) -> None:
         """Form S, (B, r, r), and factor it: 2 r^2 e + r^3 / 3 flops a sample."""
-        self._elimination = Elimination(operator, split)
-        (inverse,) = self._elimination.inverse.values()
-        ((own, _, coupling),) = self._elimination.couplings
-        corner = corner_entries(operator.corners[own])
-        kernel = self._elimination.own_kernel
+        pair = self._pair = PairElimination(operator)
+        corner, coupling, kernel = pair.corner, pair.coupling, pair.own_kernel
         if kernel is None:
             lifted = coupling.new_zeros(1, 1, 1)
-        elif kernel.level is None:
-            lifted = corner.mean(-1)[:, None, None] * kernel.outer
         else:
-            lifted = corner.mean(-1)[:, None, None] * kernel.level
-        scaled = coupling * inverse[:, None]
-        shape = (operator.batch, -1, -1)
-        complement = torch.baddbmm(lifted, scaled.expand(shape), coupling.expand(shape).mT, alpha=-1)
-        del scaled
+            # Where all entries of the null vector are equal, its outer product need not be written down.
+            share = (kernel.outer if kernel.level is None else kernel.level) / operator.sizes[pair.own]
+            lifted = corner.sum(-1, keepdim=True)[:, None] * share
+        complement = torch.baddbmm(lifted, coupling * pair.inverse[:, None], coupling.mT, alpha=-1)
         complement.diagonal(dim1=-2, dim2=-1).add_(corner)
         self._factor, info = torch.linalg.cholesky_ex(complement)
-        self.sound = self._is_sound(complement, lifted, corner, inverse, info)
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.sound = self._is_sound(complement, lifted, corner, pair.inverse, info)
+        self.status = info.to(torch.int8)  # 0 where it is sound
 
     def _is_sound(
         self, complement: Tensor, lifted: Tensor, corner: Tensor, inverse: Tensor, info: Tensor
@@ -67,11 +61,13 @@ class PlainSchurFactorization(Factorization):
         # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
         squares = self._factor.diagonal(dim1=-2, dim2=-1).square()
         lift = lifted[:, :, 0] if lifted.shape[-1] == 1 else lifted.diagonal(dim1=-2, dim2=-1)
-        good = (inverse > 0).all() & (info == 0).all()
+        if bool(info.any()):
+            return False
         # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
-        large = (squares > torch.add(lift, corner, alpha=CANCELLED)).all()
-        if bool((good & large).all()):
+        margin = squares - torch.add(lift, corner, alpha=CANCELLED)
+        if bool((torch.minimum(margin.amin(), inverse.amin()) > 0).all()):
             return True
+        good = (inverse > 0).all()
         kept = complement.diagonal(dim1=-2, dim2=-1) - lift > CANCELLED * corner
         regular = squares > suspicion_level(corner.dtype) * corner
         return bool((good & kept.all() & regular.all()).all())
@@ -83,31 +79,12 @@ class PlainSchurFactorization(Factorization):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return the solution (..., B, m); 4 e r + 2 r^2 flops a vector."""
-        operator = self._elimination.operator
-        batch = rhs.shape[-2] if operator.batch == 1 else operator.batch
-        parts, left = self._elimination.reduce(rhs)
+        own = self._pair.batch
+        batch = rhs.shape[-2] if own == 1 else own
+        parts, left = self._pair.reduce(rhs)
         half = torch.linalg.solve_triangular(self._factor, left.mT, upper=False)
         answer = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
-        return self._elimination.substitute(
-            parts, answer, torch.Size((*rhs.shape[:-2], batch, operator.size))
-        )
-
-
-def is_plain(operator: Block, split: Split) -> bool:
-    """Whether the grid is one for ``PlainSchurFactorization``: two diagonal corners and their coupling, none empty.
-
-    A coupling that is shared by samples whose corners are not would be scaled once for each of them.
-    """
-    return (
-        operator.symmetric
-        and len(operator.sizes) == 2
-        and len(split.remaining) == 1
-        and len(operator.couplings) == 2
-        and operator.couplings[0][2].shape[0] == operator.batch
-        and isinstance(operator.corners[split.remaining[0]], Diagonal)
-        and operator.size > 0
-        and operator.batch > 0
-    )
+        return self._pair.substitute(parts, answer, torch.Size((*rhs.shape[:-2], batch, rhs.shape[-1])))
 
 
 class SchurFactorization(Factorization):
@@ -293,6 +270,15 @@ class Schur(LinearSolver):
             return "a remaining block is known by its products only and is not written down"
         return None
 
+    def factor(self, operator: LinearOperator) -> Factorization:
+        """Return the factorisation: the plain one where it is sound."""
+        if type(operator) is Block and is_pair(operator):
+            plain = PlainSchurFactorization(operator)
+            if plain.sound:
+                return plain
+            del plain
+        return super().factor(operator)
+
     def cost(self, operator: LinearOperator) -> Cost:
         """2 r^2 e flops for S, once for each pair of blocks; 1/3 r^3 to factor, 4 e r + 2 r^2 to solve."""
         assert isinstance(operator, Block)
@@ -340,11 +326,6 @@ class Schur(LinearSolver):
         assert isinstance(operator, Block)
         split = split_blocks(operator)
         assert split is not None
-        if is_plain(operator, split):
-            plain = PlainSchurFactorization(operator, split)
-            if plain.sound:
-                return plain
-            del plain
         factored = SchurFactorization(operator, split)
         if not factored.lost_digits or operator.dtype == torch.float64:
             return factored

@@ -1,17 +1,26 @@
 """Conjugate gradients on the Schur complement of what remains when a diagonal corner is eliminated; S is not formed.
 
-In: a symmetric ``Block`` with diagonal corners: transport plans from about 200 x 200 on. Out: ``SchurConjugateGradients``.
-On the whole grid the same iteration takes twice the steps and more. Next file: ``select.py``.
+In: a symmetric ``Block`` with diagonal corners: transport plans from about 200 x 200 on. Out:
+``SchurConjugateGradients``. On the whole grid the same iteration takes twice the steps and more. Next file:
+``select.py``.
 """
 
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from implicitdiff.operators import Block, LinearOperator, select_samples
+from implicitdiff.operators import Block, Diagonal, LinearOperator, select_samples
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
-from implicitdiff.solvers.elimination import Elimination, corner_entries, joined, minus_product, split_blocks
+from implicitdiff.solvers.elimination import (
+    Elimination,
+    PairElimination,
+    corner_entries,
+    is_pair,
+    joined,
+    split_blocks,
+)
 from implicitdiff.solvers.iteration import (
     PREDICTED_STEPS,
     STEP_OPERATIONS,
@@ -33,23 +42,23 @@ class SchurIteration(Factorization):
 
     def __init__(self, operator: Block) -> None:
         """Look at the corners; what is not positive goes to the direct solver."""
-        split = split_blocks(operator)
-        assert split is not None
         self._operator = operator
-        self._elimination = Elimination(operator, split)
-        self._limit = break_even(Schur().cost(operator), step_cost(operator))
-        corners = [corner_entries(operator.corners[i]) for i in split.remaining]
-        sizes = [operator.sizes[i] for i in split.remaining]
-        if len(corners) > 1:
-            corners = [c.expand(operator.batch, n) for c, n in zip(corners, sizes, strict=True)]
-        self._corner = joined(corners)
-        inside = [(i, j, block) for i, j, block in operator.couplings if {i, j} <= set(split.remaining)]
-        self._places = dict(zip(split.remaining, range(len(sizes)), strict=True))
-        self._inside, self._sizes = inside, sizes
-        self._inverse = self._corner.reciprocal()[:, None]
+        self._elimination: PairElimination | Elimination
+        if is_pair(operator):
+            pair = self._elimination = PairElimination(operator)
+            corner, inverses = pair.corner, [pair.inverse]
+            self._limit = _pair_limit(operator.sizes, operator.batch, operator.dtype)
+        else:
+            split = split_blocks(operator)
+            assert split is not None
+            whole = self._elimination = Elimination(operator, split)
+            entries = [(corner_entries(operator.corners[i]), operator.sizes[i]) for i in split.remaining]
+            corner = joined([c.expand(operator.batch, n) for c, n in entries])
+            inverses = list(whole.inverse.values())
+            self._limit = break_even(Schur().cost(operator), step_cost(operator))
+        self._inverse = corner.reciprocal()[:, None]
         # An entry that is zero, infinite or NaN has an inverse that is not positive, or NaN in the first product.
-        inverses = (*self._elimination.inverse.values(), self._inverse)
-        lowest = [inverse.amin() for inverse in inverses if inverse.numel()]
+        lowest = [inverse.amin() for inverse in (*inverses, self._inverse) if inverse.numel()]
         self.steps = 0
         self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
         self._whole: Factorization | None = None
@@ -71,31 +80,12 @@ class SchurIteration(Factorization):
         given = torch.cat([left, probe.expand(left.shape[0], 1, -1)], dim=1)
         if kernel is not None:
             given = kernel.project(given)
-        found = iterate(self._product, given, self._inverse, step_tolerance(operator.dtype), self._limit)
+        found = iterate(
+            elimination.product, given, self._inverse, step_tolerance(operator.dtype), self._limit
+        )
         self.steps = found.steps
         solution = elimination.substitute(parts, found.solution[:, :-1], shape)
         return solution if found.converged is None else self._solve_directly(rhs, solution, found.converged)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        elimination = self._elimination
-        parts = list(rows.split(self._sizes, dim=-1))
-        images = [part for part in (rows * self._corner[:, None]).split(self._sizes, dim=-1)]
-        for i, j, block in self._inside:
-            images[self._places[i]] = minus_product(
-                images[self._places[i]], -parts[self._places[j]], block.mT
-            )
-        for e, inverse in elimination.inverse.items():
-            inner: Tensor | None = None
-            for i, other, block in elimination.couplings:
-                if other == e:
-                    term = torch.matmul(parts[self._places[i]], block if block.shape[0] > 1 else block[0])
-                    inner = term if inner is None else inner + term
-            if inner is not None:
-                inner = inner * inverse[:, None]
-                for i, other, block in elimination.couplings:
-                    if other == e:
-                        images[self._places[i]] = minus_product(images[self._places[i]], inner, block.mT)
-        return joined(images)
 
     def _take_whole(self) -> None:
         self._whole = Schur().factor(self._operator)
@@ -113,6 +103,15 @@ class SchurIteration(Factorization):
         self.cancelled = some.cancelled
         self.status = self.status.index_copy(0, samples, some.status)
         return solution.index_copy(-2, samples, some.solve(rhs.expand(solution.shape)[..., samples, :]))
+
+
+@lru_cache(maxsize=256)
+def _pair_limit(sizes: tuple[int, ...], batch: int, dtype: torch.dtype) -> int:
+    """Return the steps that take as long as the direct solver, for two diagonal corners."""
+    coupling = torch.empty(batch, *sizes, dtype=dtype, device="meta")
+    first, second = (Diagonal(torch.empty(batch, size, dtype=dtype, device="meta")) for size in sizes)
+    operator = Block(((first, coupling), (coupling.mT, second)), sizes)
+    return break_even(Schur().cost(operator), step_cost(operator))
 
 
 def step_cost(operator: Block) -> Cost:
@@ -143,7 +142,7 @@ class SchurConjugateGradients(LinearSolver):
     name: ClassVar[str] = "schur-cg"
 
     def reject(self, operator: LinearOperator) -> str | None:
-        """Refuse what the direct Schur solver refuses, unsymmetric grids, and remaining corners that are not diagonal."""
+        """Refuse what the direct solver refuses, unsymmetric grids, remaining corners that are not diagonal."""
         reason = Schur().reject(operator)
         if reason is not None:
             return reason

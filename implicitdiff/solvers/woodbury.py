@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal
-from implicitdiff.operators.products import batched_matvec, weighted_product
+from implicitdiff.operators.products import batched_matvec, rows_times, weighted_product
 from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.lu import LUFactorization
@@ -35,25 +35,40 @@ class WoodburyFactorization(Factorization):
             self._factor_carefully()
 
     def _factor_plainly(self) -> bool:
-        """Factor as if all were well and return whether it was: D positive and even, no pivot small.
+        """Factor as if all were well and return whether it was: D even, nothing small beside the rest.
 
-        Then nothing needs scaling, lifting or refining. Pivots are held against 1 and the largest entry of I + C G, the
-        size of the terms that may have cancelled.
+        (E + U'D^-1 U E C) t = U'D^-1 b with E = I, or E = d I where D = d I, has the solution t = U'x (E = I) of
+        A x = b. Pivots and the entries of E are held against the largest entry of the matrix and of E, the size of the
+        terms that may have cancelled. Nothing needs scaling, lifting or refining then.
         """
         operator = self._operator
-        if operator.rank == 0 or operator.diagonal.numel() == 0:
+        diagonal = operator.diagonal
+        if operator.rank == 0 or diagonal.numel() == 0:
             return False
-        self._inverse = operator.diagonal.reciprocal()
-        self._gram = weighted_product(operator.right_factor.mT, self._inverse, operator.left.mT)
-        capacity = operator.weights[:, :, None] * self._gram
-        capacity.diagonal(dim1=-2, dim2=-1).add_(1)
-        self._plain = torch.linalg.lu_factor_ex(capacity)[:2]
-        smallest = self._plain[0].diagonal(dim1=-2, dim2=-1).abs().amin(-1)
-        largest = capacity.abs().amax((-2, -1)).clamp_(min=1)
-        lowest, highest = torch.aminmax(operator.diagonal, dim=-1)
-        fine = smallest > suspicion_level(operator.dtype) * largest
-        fine = fine & (lowest > 0) & (highest < _UNEVEN * lowest)
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        uneven = diagonal.shape[1] > 1
+        if uneven:
+            self._inverse = diagonal.reciprocal()
+            gram = weighted_product(operator.right_factor.mT, self._inverse, operator.left.mT)
+        else:
+            gram = rows_times(operator.right_factor.mT, operator.left)
+        matrix = gram * operator.weights[:, None]
+        if len(matrix) != operator.batch:
+            return False
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1.0 if uneven else diagonal)
+        factor, order, info = torch.linalg.lu_factor_ex(matrix)
+        self._plain: tuple[Tensor, Tensor] | None = factor, order
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
+        largest = matrix.abs().amax((-2, -1))[:, None]
+        if uneven:
+            lowest, highest = torch.aminmax(diagonal, dim=-1, keepdim=True)
+            fine = (smallest > suspicion_level(operator.dtype) * largest.clamp_(min=1)) & (lowest > 0)
+            fine = fine & (highest < _UNEVEN * lowest)
+        else:
+            size = diagonal.abs()
+            bound = suspicion_level(operator.dtype) * torch.maximum(largest, size)
+            fine = torch.minimum(smallest, size) > bound
+        self.status = info.to(torch.int8)  # 0 where no pivot is
         return bool(fine.all())
 
     def _factor_carefully(self) -> None:
@@ -65,8 +80,7 @@ class WoodburyFactorization(Factorization):
         self._lifted = operator
         self._inverse = operator.diagonal.reciprocal()
         weights = operator.weights[:, :, None]
-        self._gram = weighted_product(operator.right_factor.mT, self._inverse, operator.left.mT)
-        capacity = weights * self._gram
+        capacity = weights * weighted_product(operator.right_factor.mT, self._inverse, operator.left.mT)
         magnitude = capacity.abs()
         for matrix in (capacity, magnitude):
             matrix.diagonal(dim1=-2, dim2=-1).add_(1)
@@ -95,7 +109,8 @@ class WoodburyFactorization(Factorization):
             return None
         root = operator.weights.abs().sqrt()
         signs = torch.where(operator.weights < 0, -1.0, 1.0).to(root.dtype)
-        inner = root[:, :, None] * self._gram * root[:, None, :] + torch.diag_embed(signs)
+        gram = weighted_product(operator.left.mT, operator.diagonal.reciprocal(), operator.left.mT)
+        inner = root[:, :, None] * gram * root[:, None, :] + torch.diag_embed(signs)
         sound = self.status == int(Status.OK)
         inner = torch.where(sound[:, None, None], inner, 0.0)
         positive = (torch.linalg.eigvalsh(inner) > 0).sum(-1)
@@ -106,7 +121,8 @@ class WoodburyFactorization(Factorization):
         """Return the solution (..., B, m); 4 m k + 2 k^2 flops a vector."""
         own = self.status.shape[0]
         batch = rhs.shape[-2] if own == 1 else own
-        rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
+        if rhs.shape[-2] != batch:
+            rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
         if self._plain is not None:
             return from_rows(self._apply_plainly(to_rows(rhs, own)), rhs.shape)
         solution = self._apply(rhs)
@@ -116,12 +132,14 @@ class WoodburyFactorization(Factorization):
 
     def _apply_plainly(self, rows: Tensor) -> Tensor:
         assert self._plain is not None
-        operator, inverse = self._operator, self._inverse[:, None]
-        left, right = (t if t.shape[0] > 1 else t[0] for t in (operator.left, operator.right_factor))
-        scaled = rows * inverse
-        inner = torch.matmul(scaled, right) * operator.weights[:, None]
-        inner = torch.linalg.lu_solve(*self._plain, inner.mT).mT
-        return scaled.addcmul_(torch.matmul(inner, left.mT), inverse, value=-1)
+        operator = self._operator
+        uneven = operator.diagonal.shape[1] > 1
+        scaled = rows * self._inverse[:, None] if uneven else rows
+        inner = torch.linalg.lu_solve(*self._plain, rows_times(scaled, operator.right_factor).mT).mT
+        back = rows_times(inner * operator.weights[:, None], operator.left.mT)
+        if uneven:
+            return scaled.addcmul_(back, self._inverse[:, None], value=-1)
+        return (rows - back).div_(operator.diagonal[:, None])
 
     def _apply(self, rhs: Tensor) -> Tensor:
         operator = self._lifted

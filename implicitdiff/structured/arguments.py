@@ -67,6 +67,17 @@ class Arguments:
         values.update({self.of_constraint(constraint_stem, k): t for k, t in enumerate(on_h)})
         return values
 
+    def sources(self, stem: str, constraint_stem: str) -> dict[str, tuple[int, int]]:
+        """Where the tensors of a name are among (u, lam, theta, sides of the variables, sides of the constraints)."""
+        variables, outputs = self.declared.variables, range(len(self.declared.output_shapes))
+        found = {leaf.name: (0, k) for k, leaf in enumerate(variables)}
+        found |= {leaf.name: (2, k) for k, leaf in enumerate(self.declared.theta)}
+        found |= {self.of_variable(stem, k): (3, k) for k in range(len(variables))}
+        for k in outputs:
+            found[self.of_constraint("lam", k)] = (1, k)
+            found[self.of_constraint(constraint_stem, k)] = (4, k)
+        return found
+
     def joined(self, blocks: Sequence[Tensor], lead: int) -> Leaves:
         """Constraint blocks (lead axes first) as the outputs of `equality`: reshaped, concatenations put together."""
         sizes = self.declared.build.labels.sizes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,33 @@ from implicitdiff.structured.report import report
 from implicitdiff.structured.writer import Writer, Written
 
 assert rules.__all__  # importing the package is what registers the translation rules
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An emitted backward pass, ready to be called.
+
+    Attributes:
+        function: the emitted function.
+        sources: where each of its arguments is found: a group (u, lam, theta, v_u, v_lam) and a place in it.
+        places: for each theta its place among the results; -1 where the gradient is zero, None where not wanted.
+    """
+
+    function: Written
+    sources: tuple[tuple[int, int], ...]
+    places: tuple[int | None, ...]
+
+    def call(self, given: tuple[Leaves, ...]) -> tuple[Any, ...]:
+        """The results for the leaves of a call."""
+        out: tuple[Any, ...] = self.function.emitted.call(*[given[g][k] for g, k in self.sources])
+        return out
+
+    def gradients(self, out: Sequence[Any], theta: Leaves) -> tuple[Tensor | None, ...]:
+        """One gradient per theta that wants one."""
+        return tuple(
+            None if place is None else _fitted(out[place], t) if place >= 0 else torch.zeros_like(t)
+            for place, t in zip(self.places, theta, strict=True)
+        )
 
 
 class StructuredPlan:
@@ -85,6 +113,7 @@ class StructuredPlan:
             declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
         )
         self._contradiction: bool | None = None
+        self._runs: dict[tuple[Way, tuple[bool, ...], bool], _Run] = {}
 
     # ---------------------------------------------------------------- the point
 
@@ -223,46 +252,63 @@ class StructuredPlan:
         """A gradient per theta that needs one, and the status of each sample."""
         if self._contradicted(u, lam, theta):
             return self.dense.vjp(u, lam, theta, v_u, v_lam, needs, factor)
+        given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         if isinstance(factor, StructuredFactor):
             with factor.lock:
-                return self._pulled(u, lam, theta, v_u, v_lam, needs, factor)
-        return self._pulled(u, lam, theta, v_u, v_lam, needs, None)
-
-    def _pulled(
-        self,
-        u: Leaves,
-        lam: Leaves,
-        theta: Leaves,
-        v_u: Leaves,
-        v_lam: Leaves | None,
-        needs: Sequence[bool],
-        factor: StructuredFactor | None,
-    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-        values = {
-            **self.arguments.point(u, lam, theta),
-            **self.arguments.sides("v", "v_lam", v_u, () if v_lam is None else v_lam),
-        }
-        theta_leaves = self.declared.theta
-        wanted = tuple(
-            need and leaf.placeholder.dtype.is_floating_point
-            for need, leaf in zip(needs, theta_leaves, strict=True)
-        )
+                found = self._pulled(given, tuple(needs), v_lam is not None, factor)
+            if found is not None:
+                return found
         way: Way | None = self.recipes.first
         while way is not None:
-            function = self._vjp(way, wanted, v_lam is not None, factor is not None)
-            out = function(values if factor is None else {**values, **factor.given(way)})
+            run = self._run(way, tuple(needs), v_lam is not None)
+            out = run.call(given)
+            if run.function.fragile and self._lost(run.function, out, u):
+                out = run.call((_off_zero(u), *given[1:]))
+            status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            way = self._next(way, run.function, out, status)
+        return run.gradients(out, theta), status
+
+    def _pulled(
+        self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
+    ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
+        """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
+        u, lam, theta, v_u, v_lam = given
+        values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("v", "v_lam", v_u, v_lam)}
+        way: Way | None = self.recipes.first
+        while way is not None:
+            function, places = self._placed(way, needs, with_lam, given=True)
+            out = function({**values, **factor.given(way)})
             if function.fragile and self._lost(function, out, u):
-                if factor is not None:  # the point moves, and with it K
-                    return self._pulled(u, lam, theta, v_u, v_lam, needs, None)
-                out = function({**values, **self.arguments.point(_off_zero(u), lam, theta)})
+                return None
             status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             way = self._next(way, function, out, status)
-        found = dict(zip(function.emitted.results, out, strict=True))
-        grads = tuple(
-            (_fitted(found[leaf.name], t) if leaf.name in found else torch.zeros_like(t)) if need else None
-            for need, leaf, t in zip(wanted, theta_leaves, theta, strict=True)
+        return _Run(function, (), places).gradients(out, theta), status
+
+    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> _Run:
+        """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
+        found = self._runs.get((way, needs, with_lam))
+        if found is None:
+            function, places = self._placed(way, needs, with_lam, given=False)
+            sources = self.arguments.sources("v", "v_lam")
+            found = _Run(function, tuple(sources[name] for name in function.arguments), places)
+            self._runs[way, needs, with_lam] = found
+        return found
+
+    def _placed(
+        self, way: Way, needs: tuple[bool, ...], with_lam: bool, *, given: bool
+    ) -> tuple[Written, tuple[int | None, ...]]:
+        """The emitted function, and for each theta the place of its gradient among the results."""
+        theta = self.declared.theta
+        wanted = tuple(
+            need and leaf.placeholder.dtype.is_floating_point for need, leaf in zip(needs, theta, strict=True)
         )
-        return grads, status
+        function = self._vjp(way, wanted, with_lam, given)
+        results = function.emitted.results
+        places = tuple(
+            None if not want else results.index(leaf.name) if leaf.name in results else -1
+            for want, leaf in zip(wanted, theta, strict=True)
+        )
+        return function, places
 
     def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool, given: bool = False) -> Written:
         return self.writer.function(
@@ -278,10 +324,10 @@ class StructuredPlan:
         The large gradients are not read again: they have the pattern of w, which is 0 there.
         """
         for name, value in zip(function.emitted.results, out, strict=True):
-            if name in function.fragile and isinstance(value, Tensor) and value.is_floating_point():
-                # a sum that overflows costs a second run, nothing else
-                if value.numel() < u[0].numel() and not math.isfinite(float(value.sum())):
-                    return True
+            small = name in function.fragile and value.is_floating_point() and value.numel() < u[0].numel()
+            # a sum that overflows costs a second run, nothing else
+            if small and not math.isfinite(float(value.sum())):
+                return True
         return False
 
     # ---------------------------------------------------------------- the probe
