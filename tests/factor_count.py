@@ -11,6 +11,7 @@ import pytest
 
 from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.kkt import saddle
+from implicitdiff.solvers import Schur
 from implicitdiff.solvers.base import LinearSolver
 
 
@@ -29,7 +30,17 @@ def count_factorisations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
+    plain = Schur.factor
+
+    def eliminated(*args: Any) -> Any:
+        before = len(made)
+        found = plain(*args)
+        if len(made) == before:  # else it came through `LinearSolver.factor`
+            made.append("factor")
+        return found
+
     monkeypatch.setattr(LinearSolver, "factor", counted("factor", LinearSolver.factor))
+    monkeypatch.setattr(Schur, "factor", eliminated)
     monkeypatch.setattr(saddle.FullKKT, "__init__", counted("K", saddle.FullKKT.__init__))
     monkeypatch.setattr(AutodiffPlan, "hessian_matrix", counted("H", AutodiffPlan.hessian_matrix))
     return made

@@ -195,7 +195,7 @@ def inverse_root(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 DENSE_OPERATIONS = 28
-"""Around the dense block at the end, counted. A halving takes 18 with single entries, 42 with pairs, 60 with triples."""
+"""Around the dense block at the end, counted. Each halving takes 18 with single entries, 42 and 60 with blocks."""
 
 
 def cyclic_cost(chains: int, length: int, size: int, item: int) -> Cost:

@@ -57,8 +57,8 @@ def probe_row(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     A singular matrix has no solution for it, and one that is nearly singular none that a few steps find: so the
     iteration of this row converges only if the matrix is regular, whatever the right-hand sides are.
     """
-    places = torch.arange(size, dtype=torch.float64)
-    return torch.cos(2.0 + 3.7 * places**1.1).to(dtype=dtype, device=device)[None, None]
+    places = torch.arange(size, dtype=torch.float64, device=device)
+    return torch.cos(2.0 + 3.7 * places**1.1).to(dtype)[None, None]
 
 
 def iterate(
