@@ -5,11 +5,14 @@ Comes in: the user's functions for one sample. Goes out: a ``Problem`` that ``in
 """
 
 import dataclasses
-from typing import Any, ClassVar, NoReturn
+import weakref
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
 from implicitdiff.errors import NotSupportedYetError, ProblemDefinitionError
+
+_ALIVE: weakref.WeakValueDictionary[int, "Problem"] = weakref.WeakValueDictionary()
 
 # The hooks end in ``**unused: Any`` for the type checker alone: mypy takes (self, u, *inputs: Any, **unused:
 # Any) as compatible with every signature, so that a subclass may write ``def objective(self, u, x)``. Hooks
@@ -39,6 +42,12 @@ class Problem(torch.nn.Module):
     HOOKS: ClassVar[tuple[str, ...]] = (
         "objective", "equality", "inequality", "bounds", "init", "solve", "vjp", "hessian", "example",
     )  # fmt: skip
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Note the identity of the new problem, under which torch.compile knows it."""
+        problem = super().__new__(cls)
+        _ALIVE[id(problem)] = problem
+        return problem
 
     def declares(self, name: str) -> bool:
         """Whether the hook ``name`` is declared, in a subclass or on the instance.
@@ -267,3 +276,8 @@ def _not_yet(name: str, kind: str) -> NotSupportedYetError:
     what = "" if name == kind else f" ({name})"
     remedy = "for now declare a Problem with an objective"
     return NotSupportedYetError(f"idf.{kind}{what} is not supported yet: {remedy}")
+
+
+def problem_of(identity: int) -> Problem:
+    """The problem that is alive under this `id`."""
+    return _ALIVE[identity]

@@ -140,8 +140,8 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has a shape but no data: on the meta device, or a fake tensor."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    """Whether the tensor has a shape but no data: on the meta device, a fake tensor, or one around it."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 _GRAPHS = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
@@ -150,7 +150,7 @@ _CHECKPOINTS = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 def is_traced(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the tensors have no data, or operators on them are being written into a graph."""
-    if any(tensor.is_meta or isinstance(tensor, FakeTensor | FunctionalTensor) for tensor in tensors):
+    if any(map(is_fake, tensors)):
         return True
     return any(isinstance(mode, _GRAPHS) for mode in _get_current_dispatch_mode_stack())
 

@@ -32,6 +32,7 @@ from tests.operator_grids import (
     two_corners,
     unsymmetric_grid,
 )
+from tests.operator_products import kronecker
 
 
 def zero(draw: Draw) -> Twin:
@@ -164,6 +165,10 @@ TABLE: tuple[Row, ...] = (
     Row("a single block", block_diagonal((2, 2), ())),
     Row("indefinite blocks", block_diagonal((2, 3), (0,), definite=False)),
     Row("unsymmetric blocks", block_diagonal((3, 2), (1,), definite=False, symmetric=False)),
+    Row("a factor and an identity", kronecker((3, 4), ((0,),))),
+    Row("two factors, axes crossed", kronecker((2, 3, 2), ((2, 0), (1,)))),
+    Row("skew factors", kronecker((2, 3, 2), ((0,), (2,)), kind="skew")),
+    Row("unsymmetric factors", kronecker((3, 2), ((1,), (0,)), kind="unsymmetric")),
     Row("tridiagonal", banded((7,), 0, (), 1, 1)),
     Row("tridiagonal down the columns", banded((5, 3), 0, (1,), 1, 1)),
     Row("tridiagonal, two chain axes, reversed", banded((2, 4, 3), 1, (2, 0), 1, 1)),

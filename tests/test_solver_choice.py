@@ -126,6 +126,7 @@ def test_transport_sizes(shape: tuple[int, int], expected: str) -> None:
         ("scaled identity", "divide"),
         ("diagonal", "divide"),
         ("rows of a matrix", "block-cholesky"),
+        ("a factor and an identity", "kronecker"),
         ("tridiagonal down the columns", "cholesky"),
         ("tridiagonal, unsymmetric", "lu"),
         ("low rank", "woodbury"),

@@ -206,6 +206,8 @@ def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
         return _block_diagonal(build, form)
     if kind == "banded":
         return _banded(build, form)
+    if kind == "kronecker":
+        return _kronecker(build, form)
     if kind == "low-rank-plus-diagonal":
         return _low_rank(build, form)
     whole = dense_matrix(build, form)
@@ -226,6 +228,26 @@ def _block_diagonal(build: Builder, form: Form) -> Ref:
         build,
         f"operators.BlockDiagonal({text}, {tuple(sizes)}, {tuple(shared)})",
         [(build.plus(*pieces), order, BATCHED)],
+        (),
+        BATCHED,
+    )
+
+
+def _kronecker(build: Builder, form: Form) -> Ref:
+    """One matrix for each group of axes."""
+    rows, columns = form.space.rows[0], form.space.columns[0]
+    args, texts = [], []
+    for number, factor in enumerate(form.factors):
+        value = build.plus(*(deltas(build, term, rows, columns, factor.axes) for term in factor.terms))
+        order = [*(rows[k] for k in factor.axes), *(columns[k] for k in factor.axes)]
+        args.append((value, order, BATCHED))
+        count = len(factor.axes)
+        texts.append(f"{{{number}}}" if count == 1 else f"saddle.matrix({{{number}}}, {count}, {count})")
+    groups = tuple(factor.axes for factor in form.factors)
+    return call(
+        build,
+        f"operators.Kronecker(({', '.join(texts)},), {tuple(form.space.sizes[0])}, {groups})",
+        args,
         (),
         BATCHED,
     )
@@ -343,6 +365,11 @@ def meta_operator(
         return operators.Banded(
             bands, sizes, chain.axis, tuple(sorted(form.shared)), chain.reach, chain.reach
         )
+    if kind == "kronecker":
+        sizes = form.space.sizes[0]
+        sides = [math.prod(sizes[k] for k in factor.axes) for factor in form.factors]
+        matrices = tuple(empty(side, side) for side in sides)
+        return operators.Kronecker(matrices, tuple(sizes), tuple(factor.axes for factor in form.factors))
     if kind == "low-rank-plus-diagonal":
         k = rank_of(build, form)
         entry = form.entry

@@ -104,7 +104,7 @@ def _pair(
     return Contribution(block, rows, tuple(axes), tuple(factors), tuple(summed))
 
 
-STRUCTURED = ("woodbury", "block-cholesky", "tridiagonal", "banded-cholesky", "divide", "cg")
+STRUCTURED = ("woodbury", "block-cholesky", "tridiagonal", "banded-cholesky", "kronecker", "divide", "cg")
 """Solvers that use the form of H; the others are given its dense twin."""
 DENSE_BYTES = 2**31
 """Above this the matrix of one sample is not formed: products with it only."""

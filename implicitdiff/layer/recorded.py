@@ -20,7 +20,7 @@ from implicitdiff.autograd.handles import Handles
 from implicitdiff.errors import NotSupportedYetError, StaleGraphError, TraceError
 from implicitdiff.layer.prepare import Options, prepare
 from implicitdiff.layer.run import run
-from implicitdiff.problem import Problem, Solution
+from implicitdiff.problem import Problem, Solution, problem_of
 from implicitdiff.pytrees import flatten, unflatten
 
 Path = tuple[tuple[bool, Any], ...]
@@ -43,12 +43,13 @@ def solution_in_graph(
         TraceError: a tensor of the problem is out of reach of a recorder.
         ImplicitDiffError: as a call outside of a recorder does; what concerns values is raised when the graph runs.
     """
-    for path, value in _plain_values(problem, id(problem)):
+    which = id(problem)
+    for path, value in _plain_values(which):
         if _follow(problem, path) != value:
             raise StaleGraphError("an attribute of the problem changed while the graph was being recorded")
-    tensors = tuple([_follow(problem, path) for path in _paths(problem)])
+    tensors = tuple([_follow(problem, path) for path in _paths(which)])
     number = _number(
-        problem,
+        which,
         options.in_dims,
         options.optimizer,
         options.linear_solver,
@@ -142,17 +143,19 @@ def _same(value: Any) -> Any:
     return value
 
 
-# torch.compile calls these once while it compiles, and keeps what they return.
+# torch.compile calls these once while it compiles, and keeps what they return. They take the id of the problem, which
+# it guards; modules themselves it cannot pass in all versions.
 
 
 @torch.compiler.assume_constant_result
-def _plain_values(problem: Problem, _: int) -> tuple[tuple[Path, Any], ...]:
-    return tuple((_path(name), value) for name, value in plain_values(problem))
+def _plain_values(which: int) -> tuple[tuple[Path, Any], ...]:
+    return tuple((_path(name), value) for name, value in plain_values(problem_of(which)))
 
 
 @torch.compiler.assume_constant_result
-def _paths(problem: Problem) -> tuple[Path, ...]:
+def _paths(which: int) -> tuple[Path, ...]:
     """How to reach each tensor of the problem, in the order of `scan`."""
+    problem = problem_of(which)
     found = scan(problem)
     paths = tuple(_path(name) for name in found.names)
     for name, path, tensor in zip(found.names, paths, found.tensors, strict=True):
@@ -166,7 +169,7 @@ def _paths(problem: Problem) -> tuple[Path, ...]:
 
 @torch.compiler.assume_constant_result
 def _number(
-    problem: Problem,
+    which: int,
     in_dims: Any,
     optimizer: Any,
     linear_solver: str,
@@ -174,6 +177,7 @@ def _number(
     on_failure: str,
     optimality_tol: float | None,
 ) -> int:
+    problem = problem_of(which)
     options = Options(in_dims, optimizer, linear_solver, backward, on_failure, optimality_tol)
     options.check(problem)
     owner = weakref.ref(problem)

@@ -10,6 +10,7 @@ from implicitdiff.operators.block import Block
 from implicitdiff.operators.block_diagonal import BlockDiagonal
 from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
+from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.low_rank import LowRankPlusDiagonal
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.samples import select_samples
@@ -22,6 +23,7 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Kronecker",
     "LinearOperator",
     "LowRankPlusDiagonal",
     "MatrixFree",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from implicitdiff.operators.base import LinearOperator
 from implicitdiff.operators.block import Block
+from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.zero import Zero
 
@@ -42,6 +43,12 @@ def _select_block(operator: Block, samples: Tensor) -> Block:
         return block if block is None or block.shape[0] == 1 else block[samples]
 
     return dataclasses.replace(operator, blocks=tuple(tuple(map(pick, row)) for row in operator.blocks))
+
+
+@select_samples.register
+def _select_kronecker(operator: Kronecker, samples: Tensor) -> Kronecker:
+    factors = tuple(f if f.shape[0] == 1 else f[samples] for f in operator.factors)
+    return dataclasses.replace(operator, factors=factors)
 
 
 @select_samples.register

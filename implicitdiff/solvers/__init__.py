@@ -10,6 +10,7 @@ from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.divide import Divide
+from implicitdiff.solvers.kronecker import KroneckerSolver
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.pseudo_inverse import PseudoInverse
@@ -32,6 +33,7 @@ __all__ = [
     "Cost",
     "Divide",
     "Factorization",
+    "KroneckerSolver",
     "LinearSolver",
     "PseudoInverse",
     "Schur",

@@ -13,6 +13,7 @@ from implicitdiff.operators import (
     Block,
     BlockDiagonal,
     Diagonal,
+    Kronecker,
     LinearOperator,
     LowRankPlusDiagonal,
     MatrixFree,
@@ -25,6 +26,7 @@ from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.divide import Divide
+from implicitdiff.solvers.kronecker import KroneckerSolver
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.schur import Schur
@@ -39,6 +41,7 @@ SOLVERS: dict[str, LinearSolver] = {
         BlockCholesky(),
         Tridiagonal(),
         BandedCholesky(),
+        KroneckerSolver(),
         Woodbury(),
         Cholesky(),
         LU(),
@@ -51,7 +54,6 @@ SOLVERS: dict[str, LinearSolver] = {
 """The solvers by the name that ``linear_solver=`` takes."""
 
 PLANNED: tuple[str, ...] = (
-    "kronecker",
     "minres",
     "gmres",
     "sparse-lu",
@@ -91,6 +93,11 @@ def _for_diagonal(operator: LinearOperator) -> tuple[str, ...]:
 @candidates.register
 def _for_blocks(operator: BlockDiagonal) -> tuple[str, ...]:
     return ("block-cholesky",)
+
+
+@candidates.register
+def _for_products_of_factors(operator: Kronecker) -> tuple[str, ...]:
+    return ("kronecker", "cholesky", "lu")
 
 
 @candidates.register

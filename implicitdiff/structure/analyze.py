@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Ref
-from implicitdiff.structure import banded
+from implicitdiff.structure import banded, kronecker
 from implicitdiff.structure.forms import Contribution, Entry, Form, LowRankTerm, Space
 
 
@@ -181,6 +181,17 @@ def classify(
 
 def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -> Form:
     entry = grid[0][0]
+    factors = kronecker.factors_of(build, entry, space.rows[0], space.columns[0])
+    if factors:
+        parts = ", ".join(f"axis {'*'.join(map(str, factor.axes))}" for factor in factors)
+        rest = len(space.rows[0]) - sum(len(factor.axes) for factor in factors)
+        return Form(
+            space,
+            grid,
+            "kronecker",
+            f"one factor for {parts}" + (", the same for every entry of the other axes" if rest else ""),
+            factors=factors,
+        )
     ties = [axes for axes, _ in entry.partial]
     if ties and not entry.low_rank and not entry.dense:
         common = frozenset.intersection(*ties)

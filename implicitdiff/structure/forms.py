@@ -116,6 +116,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class KroneckerFactor:
+    """One factor of a Kronecker product: the axes (positions) it couples, and the terms whose sum it is."""
+
+    axes: tuple[int, ...]
+    terms: tuple[Band, ...]
+
+
+@dataclass(frozen=True)
 class Chain:
     """Along which axis (position) a matrix is banded, and how far it reaches to both sides."""
 
@@ -135,6 +143,8 @@ class Form:
     """For block-diagonal: the axes (positions) that number the blocks; for banded: those that number the chains."""
     chain: Chain | None = None
     """For banded."""
+    factors: tuple[KroneckerFactor, ...] = ()
+    """For kronecker; the axes of no factor carry an identity."""
 
     @property
     def entry(self) -> Entry:

@@ -184,7 +184,8 @@ class Recipes:
         grid = tuple(
             tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid)
         )
-        return replace(form, grid=grid, kind="scaled-identity" if form.kind == "zero" else form.kind)
+        kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
+        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
 
     def _status(self, status: Sequence[Ref]) -> Output:
         """One verdict per sample; a number where nothing is factored."""

@@ -24,6 +24,7 @@ DIVIDE = frozenset({"divide"})
 BLOCKS = frozenset({"block-cholesky"})
 BANDED = frozenset({"tridiagonal", "banded-cholesky", "cholesky", "lu"})
 LOW_RANK = frozenset({"woodbury", "cholesky", "lu"})
+KRONECKER = frozenset({"kronecker", "cholesky", "lu"})
 DENSE = frozenset({"cholesky", "lu", "ldl"})
 SCHUR = frozenset({"schur"})
 ONE_ROW = frozenset({"divide", "schur"})  # S is a number

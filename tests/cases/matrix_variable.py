@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.cases.base import BLOCKS, LOW_RANK, Case, Draw, Sizes
+from tests.cases.base import BLOCKS, KRONECKER, LOW_RANK, Case, Draw, Sizes
 
 
 class Rows(idf.Problem):
@@ -76,6 +76,43 @@ class Frobenius(idf.Problem):
         return torch.zeros_like(x)
 
 
+class SeveralOutputs(idf.Problem):
+    """minimise over U (d, k)  |X U - Y|^2 / 2 + ridge |U|^2 / 2,  X (n, d), Y (n, k): (X'X + ridge I) x I."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ridge = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+
+    def objective(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return ((x @ u - y) ** 2).sum() / 2 + self.ridge * (u * u).sum() / 2
+
+    def init(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.mT @ y
+
+
+class SeveralOutputsSummed(SeveralOutputs):
+    """The same with the columns of U summing to c (k,)."""
+
+    def objective(self, u: Tensor, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        return super().objective(u, x, y)
+
+    def equality(self, u: Tensor, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        return u.sum(0) - c
+
+    def init(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        return x.mT @ y
+
+
+class TwoSided(idf.Problem):
+    """minimise over U (d, k)  |X U Z - Y|^2,  X (n, d), Z (k, l), Y (n, l), n >= d, l >= k: H = 2 X'X x Z Z'."""
+
+    def objective(self, u: Tensor, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        return ((x @ u @ z - y) ** 2).sum()
+
+    def init(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        return x.mT @ y @ z.mT
+
+
 def _rows(draw: Draw, sizes: Sizes) -> tuple[Tensor, ...]:
     k, s = sizes
     return draw.normal(k, s), 0.2 * draw.normal(s, s) + 1.5 * torch.eye(s, dtype=draw.dtype)
@@ -115,6 +152,38 @@ CASES = (
         hessian="block-diagonal",
         solvers=BLOCKS,
         notes="the variable is a vector; the axes appear by reshape",
+    ),
+    Case(
+        name="several-outputs",
+        make_problem=SeveralOutputs,
+        inputs=lambda draw, sizes: (draw.normal(*sizes[:2]), draw.normal(sizes[0], sizes[2])),
+        sizes=((5, 3, 4), (3, 3, 3), (2, 3, 1), (1, 1, 2)),
+        hessian="kronecker",
+        solvers=KRONECKER,
+    ),
+    Case(
+        name="several-outputs-summed",
+        make_problem=SeveralOutputsSummed,
+        inputs=lambda draw, sizes: (
+            draw.normal(*sizes[:2]),
+            draw.normal(sizes[0], sizes[2]),
+            draw.normal(sizes[2]),
+        ),
+        sizes=((5, 3, 4), (3, 3, 3), (2, 3, 1)),
+        hessian="kronecker",
+        solvers=frozenset({"schur"}),
+    ),
+    Case(
+        name="two-sided",
+        make_problem=TwoSided,
+        inputs=lambda draw, sizes: (
+            draw.normal(sizes[0], sizes[1]),
+            draw.normal(sizes[2], sizes[3]),
+            draw.normal(sizes[0], sizes[3]),
+        ),
+        sizes=((5, 3, 2, 4), (4, 3, 3, 4), (2, 1, 2, 3)),
+        hessian="kronecker",
+        solvers=KRONECKER,
     ),
     Case(
         name="frobenius",

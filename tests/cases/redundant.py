@@ -117,7 +117,7 @@ CASES = (
         make_problem=QuadraticTransport,
         inputs=_transport,
         sizes=((4, 3, 2), (3, 3, 3)),
-        hessian="block-diagonal",
+        hessian="kronecker",
         solvers=DENSE_KKT,
         consistent=lambda M, r, c, W: (M, r / r.sum(-1, keepdim=True), c / c.sum(-1, keepdim=True), W),
         dependent=True,
