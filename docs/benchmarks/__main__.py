@@ -145,10 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, under two minutes")
     parser.add_argument("--only", nargs="+", choices=REPORTS, default=REPORTS, help="these reports")
-    parser.add_argument("--rounds", type=int, default=None, help="readings of each pass (11, quick 5)")
+    parser.add_argument("--rounds", type=int, default=None, help="readings of each pass (11, quick 3)")
     parser.add_argument("--out", type=Path, default=Path("out", "bench"), help="folder for the results")
     options = parser.parse_args(arguments)
-    rounds = options.rounds or (5 if options.quick else 11)
+    rounds = options.rounds or (3 if options.quick else 11)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     warnings.simplefilter("ignore")  # of peers, and our own about samples that a report counts anyway
@@ -160,8 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     start = time.perf_counter()
     run = {"comparison": _comparison, "targets": _targets, "growth": _growth, "choice": _choice}
     for name in options.only:
+        before = time.perf_counter()
         run[name](report, options.quick, rounds)
-    report.say(f"took {time.perf_counter() - start:.0f} s; {environment()}")
+        report.say(f"{name} took {time.perf_counter() - before:.0f} s")
+        report.close()  # what is known is kept if the next report is interrupted
+    report.say(f"all took {time.perf_counter() - start:.0f} s; {environment()}")
     path = report.close()
     console.print(f"written: {path.parent}/", markup=False)
     return path

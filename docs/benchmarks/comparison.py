@@ -64,14 +64,13 @@ def entries(quick: bool) -> tuple[Entry, ...]:
         Entry(lambda: works.smoothing(4, 500)),
         Entry(lambda: works.logistic(4, 20, 200)),
         Entry(lambda: works.pooling(1, 128, 256)),
-        Entry(lambda: works.quadratic(32, 100, 50), (("unrolled", "left out of the quick run"),))
-        if quick
-        else Entry(lambda: works.quadratic(32, 100, 50)),
+        Entry(lambda: works.quadratic(8, 40, 20)),
     )
     if quick:
         return small
     return (
         *small,
+        Entry(lambda: works.quadratic(32, 100, 50)),
         Entry(lambda: works.quadratic(32, 100, 50, whole=False)),
         Entry(lambda: works.pooling(8, 128, 1024)),
         Entry(lambda: works.pooling(8, 128, 1024, "truncated-quadratic")),

@@ -97,7 +97,7 @@ def _forward(work: Work, method: str, linear_solver: str) -> Forward:
             compile=method == "compiled",
         )
     if method == "compiled" and any(issubclass(w.category, idf.FallbackWarning) for w in raised):
-        raise idf.ImplicitDiffError("this version of the library does not compile its backward pass yet")
+        raise idf.ImplicitDiffError("compile=True runs eagerly in this version of the library")
     return layer
 
 
@@ -128,7 +128,9 @@ def _solver(work: Work, method: str) -> str:
     if method not in ("auto", "dense", "matrix-free", "compiled"):
         return ""
     inputs, _ = work.leaves()
-    return plan_of(work.held, inputs, 0, "auto" if method == "compiled" else method).plan.analysis.solver
+    return plan_of(
+        work.problem if work.whole else work.held, inputs, 0, "auto" if method == "compiled" else method
+    ).plan.analysis.solver
 
 
 def too_large(work: Work) -> str:

@@ -45,12 +45,12 @@ def comparison(rows: Sequence[Row]) -> Figure:
         _ratio_axis(axes, title)
     left.set_yticks(range(len(labels)), labels)
     left.invert_yaxis()
-    left.legend(fontsize="small")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     return figure
 
 
 def targets(checks: Sequence[Check]) -> Figure:
-    """Measured over target, one bar per goal; left of the line is reached."""
+    """Measured over target, one line per goal; left of 1 is reached."""
     known = [c for c in checks if c.target and c.measured is not None]
     ratios = [
         (c.target or 0) / max(c.measured or 0, 1e-12) if c.at_least else (c.measured or 0) / (c.target or 1)
@@ -59,7 +59,10 @@ def targets(checks: Sequence[Check]) -> Figure:
     figure = Figure(figsize=(9, 1.5 + 0.2 * len(known)), layout="constrained")
     axes = figure.subplots()
     colours = ["tab:green" if c.verdict == "yes" else "tab:red" for c in known]
-    axes.barh(range(len(known)), [max(r, 1e-3) for r in ratios], color=colours, left=0)
+    places = [max(ratio, 1e-3) for ratio in ratios]
+    axes.hlines(range(len(known)), 1.0, places, colors=colours)
+    axes.scatter(places, range(len(known)), c=colours, s=14)
+    axes.margins(y=0.01)
     axes.set_yticks(range(len(known)), [f"{c.subject}: {c.quantity}" for c in known], fontsize="x-small")
     axes.invert_yaxis()
     _ratio_axis(axes, "measured / target")
@@ -88,6 +91,7 @@ def choices(rows: Sequence[Choice]) -> Figure:
     figure = Figure(figsize=(9, 1.5 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(rows)), [100 * row.lost for row in rows])
+    axes.margins(y=0.01)
     labels = [f"{row.structure} {row.setting}: {row.chosen} (best {row.best})" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize="x-small")
     axes.invert_yaxis()

@@ -18,7 +18,7 @@ from implicitdiff.diagnostics import measure
 from implicitdiff.diagnostics.traffic import tensors_in
 
 READING = 3e-3  # seconds: a shorter pass is repeated until a reading takes about that long
-SLOW = 30.0  # seconds that one pass may take over all rounds
+SLOW = 1.0  # seconds for each round asked for; a pass that takes longer gets fewer rounds
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def alternate(
 
     Args:
         runs: The passes by name; each is run twice before anything counts.
-        rounds: Readings of each; a pass that would take more than SLOW seconds gets fewer.
+        rounds: Readings of each; a pass of more than SLOW seconds gets fewer.
         reading: Seconds of one reading.
 
     Returns:
@@ -82,7 +82,7 @@ def alternate(
     for name, run in runs.items():
         once = min(timed(run), timed(run))
         loops[name] = max(1, min(200, math.ceil(reading / max(once, 1e-7))))
-        turns[name] = max(1, min(rounds, int(SLOW / max(once, 1e-7))))
+        turns[name] = max(1, min(rounds, int(rounds * SLOW / max(once, 1e-7))))
     readings: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     gc.collect()

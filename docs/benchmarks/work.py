@@ -5,6 +5,7 @@ Next: works.py, the list.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -66,9 +67,9 @@ class Work:
         p = sum(leaf.numel() for leaf in multipliers if isinstance(leaf, Tensor)) // max(batch, 1)
         return batch, self.u[0].numel(), p
 
-    @property
+    @functools.cached_property
     def held(self) -> idf.Problem:
-        """The problem with a `solve` that returns the common solution."""
+        """The problem with a `solve` that returns the common solution; one object, so that plans are found again."""
         return held_at(self.problem, self.solution)
 
     def cotangent(self) -> Tensor:
