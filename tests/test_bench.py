@@ -46,9 +46,10 @@ WORKS = {
 
 @pytest.fixture
 def settings() -> Iterator[None]:
-    """The command sets threads and denormals for its process; here they are put back."""
-    threads = torch.get_num_threads()
+    """The command sets the clock, threads and denormals for its process; here they are put back."""
+    threads, clock = torch.get_num_threads(), race.clock.get()
     yield
+    race.clock.set(clock)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
 

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import choice, comparison, declared, growth, output, peers, plots, targets
+from benchmarks import choice, comparison, declared, growth, output, peers, plots, race, targets
 
 REPORTS = ("comparison", "targets", "growth", "choice")
 
@@ -30,9 +30,13 @@ def environment() -> str:
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
     return (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, one thread, denormals flushed; load {load}; "
+        f"{os.cpu_count()} cores, one thread, {_clock()} clock, denormals flushed; load {load}; "
         f"peers: {', '.join(found) or 'none installed'}"
     )
+
+
+def _clock() -> str:
+    return next(name for name, function in race.CLOCKS.items() if function is race.clock.get())
 
 
 class Report:
@@ -146,9 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, under two minutes")
     parser.add_argument("--only", nargs="+", choices=REPORTS, default=REPORTS, help="these reports")
     parser.add_argument("--rounds", type=int, default=None, help="readings of each pass (11, quick 3)")
+    parser.add_argument("--clock", choices=tuple(race.CLOCKS), default="wall", help="cpu: for a busy machine")
     parser.add_argument("--out", type=Path, default=Path("out", "bench"), help="folder for the results")
     options = parser.parse_args(arguments)
     rounds = options.rounds or (3 if options.quick else 11)
+    race.clock.set(race.CLOCKS[options.clock])
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     warnings.simplefilter("ignore")  # of peers, and our own about samples that a report counts anyway

@@ -3,9 +3,9 @@
 Nothing comes in; curves and `Check`s against the goals go out. Next: choice.py.
 """
 
+import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -191,9 +191,7 @@ def planning(quick: bool) -> Iterator[list[Check]]:
         for _ in range(3 if quick else 9):
             for n, seconds in taken.items():
                 problem, inputs = make(n)
-                start = time.perf_counter()
-                plan_of(problem, inputs, 0)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(timed(functools.partial(plan_of, problem, inputs, 0)))
         small, large = (statistics.median(seconds) for seconds in taken.values())
         ratio = statistics.median(b / a for a, b in zip(*taken.values(), strict=True))
         yield [
