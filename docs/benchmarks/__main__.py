@@ -1,6 +1,6 @@
 """`make bench`: runs the reports, prints them, and writes tables and pictures into out/bench/.
 
-make bench                          everything, about half an hour on a quiet machine
+make bench                          everything, ten minutes on two cores
 make bench BENCH_ARGS="--quick"     small sizes, under two minutes
 make bench BENCH_ARGS="--only targets growth"
 """

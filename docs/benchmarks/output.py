@@ -75,8 +75,8 @@ def spread(middle: float | None, low: float | None, high: float | None) -> str:
     if middle is None:
         return "-"
     if low is None or high is None or low == high:
-        return number(middle, 3)
-    return f"{number(middle, 3)} ({number(low)}-{number(high)})"
+        return number(middle, 4)
+    return f"{number(middle, 4)} ({number(low)}-{number(high)})"
 
 
 def size(count: float | None) -> str:
