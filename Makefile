@@ -3,6 +3,8 @@
 #
 #     make PYTHON=python3.13 test      another interpreter
 #     make PYTEST_ARGS="-k pooling" test
+#     make BENCH_ARGS="--quick" bench
+#     make FUZZ_COUNT=500 FUZZ_PROCESSES=4 fuzz
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,6 +15,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+FUZZ_COUNT ?= 10000
+FUZZ_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 # Tests and demonstration were timed on two cores; more threads than cores make small tensors slower, not faster.
 export OMP_NUM_THREADS ?= 2
@@ -24,8 +29,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
 EXTRAS_lint := demo,test,lint
+EXTRAS_bench := bench
+EXTRAS_peers := bench,peers
 
-.PHONY: demo test lint format clean distclean help
+.PHONY: demo test lint format bench peers fuzz clean distclean help
 
 demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on scikit-learn's digits
 	$(BIN)/python docs/demo/main.py
@@ -43,6 +50,16 @@ lint: $(VENV)/installed-lint  ## ruff (rules and format), mypy, import-linter
 format: $(VENV)/installed-lint  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-bench  ## benchmarks: tables and plots in out/bench/ (BENCH_ARGS="--quick": small sizes)
+	PYTHONPATH=docs OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# qpth's metadata forbids the NumPy that it runs with; its other dependencies come with cvxpylayers.
+peers: $(VENV)/installed-peers  ## install the other libraries that `make bench` compares with
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps qpth
+
+fuzz: $(VENV)/installed-test  ## 10,000 random programs against the dense formula (FUZZ_COUNT, FUZZ_PROCESSES)
+	$(BIN)/python -m tests.fuzz.campaign --count $(FUZZ_COUNT) --processes $(FUZZ_PROCESSES)
 
 clean:  ## remove caches and build outputs
 	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -5,11 +5,8 @@ A failure prints the program as a class to paste, and its seed: `generate(random
 again, `check(program)` runs it.
 """
 
-import json
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from implicitdiff.plan import plan_for
-from tests.fuzz.check import Outcome, Point, check
+from tests.fuzz.campaign import Campaign, answer, run_worker
+from tests.fuzz.check import Point, check
 from tests.fuzz.generator import KINDS, generate
 from tests.fuzz.worker import programs
 
@@ -30,67 +28,11 @@ SEEDS_PER_WORKER = 65  # about one program in six is no test (ill-conditioned), 
 WANTED = 200
 
 
-def run_worker(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """A worker process, its output piped."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.fuzz.worker", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def answer(process: subprocess.Popen[str]) -> Any:
-    """What a worker printed; its own failure is shown in full."""
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return json.loads(out)
-
-
-class Campaign:
-    """The outcomes of all workers."""
-
-    def __init__(self) -> None:
-        self.outcomes: dict[int, Outcome] = {}
-        self.rules: Counter[str] = Counter()
-        cores = os.cpu_count() or 1
-        starts = [k * SEEDS_PER_WORKER for k in range(WORKERS)]
-        for batch in (starts[k : k + cores] for k in range(0, WORKERS, cores)):
-            processes = [run_worker(str(first), str(SEEDS_PER_WORKER)) for first in batch]
-            for process in processes:
-                result = answer(process)
-                self.rules.update(result["rules"])
-                for seed, plain in result["outcomes"].items():
-                    plain["fallbacks"] = tuple(plain["fallbacks"])
-                    self.outcomes[int(seed)] = Outcome(**plain)
-        self.checked = {seed: o for seed, o in self.outcomes.items() if not o.rejected}
-
-    def table(self) -> str:
-        """Counts per planted kind."""
-        lines = [f"{len(self.checked)} programs checked, {len(self.outcomes) - len(self.checked)} rejected"]
-        lines += [f"{'planted':24}{'programs':>9}{'found':>7}{'fell back':>11}{'wrong':>7}  solvers"]
-        for kind in KINDS:
-            rows = [o for o in self.checked.values() if o.planted == kind]
-            solvers = ", ".join(f"{name} {n}" for name, n in Counter(o.solver for o in rows).most_common())
-            counts = [len(rows), sum(o.structure_found for o in rows), sum(bool(o.fallbacks) for o in rows)]
-            counts.append(sum(o.wrong for o in rows))
-            lines.append("{:24}{:9}{:7}{:11}{:7}  {}".format(kind, *counts, solvers))
-        reasons = Counter(line for o in self.checked.values() for line in o.fallbacks)
-        lines += [f"  {count} x {line}" for line, count in reasons.most_common()]
-        lines += [f"rules: {dict(sorted(self.rules.items()))}"]
-        return "\n".join(lines)
-
-    def show(self, seeds: list[int]) -> str:
-        """The first programs among `seeds`, with what came of them."""
-        shown = [f"seed {s}: {self.outcomes[s]}\n{generate(random.Random(s))}" for s in seeds[:3]]
-        return f"{len(seeds)} programs: {seeds}\n" + "\n".join(shown)
-
-
 @pytest.fixture(scope="module")
 def campaign() -> Campaign:
     campaign = Campaign()
+    starts = [k * SEEDS_PER_WORKER for k in range(WORKERS)]
+    campaign.run(starts, SEEDS_PER_WORKER, os.cpu_count() or 1)
     print(campaign.table())
     return campaign
 
