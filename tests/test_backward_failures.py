@@ -1,7 +1,10 @@
 """Samples without a solution or without a derivative: what each policy makes of them."""
 
+import warnings
+
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
@@ -218,3 +221,40 @@ def test_gradients_of_dependent_constraints_are_of_minimum_norm() -> None:
         check_forward_ad=True,
         fast_mode=True,
     )
+
+
+class QuarticOrSquare(idf.Problem):
+    """minimise over u  sum_i scale (u_i - x_i)^4 + (1 - scale) (u_i - x_i)^2: no curvature at u = x if scale is 1."""
+
+    def objective(self, u: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        return scale * ((u - x) ** 4).sum() + (1 - scale) * ((u - x) ** 2).sum()
+
+    def init(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x.clone()
+
+
+def test_a_diagonal_hessian_with_a_zero_is_singular() -> None:
+    """Nothing is factored there, so that only the answer can tell."""
+    x = torch.tensor([[0.3, -1.2], [0.7, 0.1], [2.0, -0.4]], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    assert idf.explain(QuarticOrSquare(), x, scale).solver == "divide"
+    found = {}
+    for policy in ("nan", "zero", "damp"):
+        layer = idf.DeclarativeLayer(QuarticOrSquare(), on_failure=policy)
+        with warnings.catch_warnings(), idf.record() as log:
+            warnings.simplefilter("ignore", idf.OptimalityWarning)
+            (found[policy],) = torch.autograd.grad((layer(x, scale) ** 2).sum(), x)
+        assert [(event.kind, event.samples) for event in log] == [
+            ("DAMPED" if policy == "damp" else "SINGULAR", (1,))
+        ]
+        assert torch.equal(found[policy][[0, 2]], 2 * x.detach()[[0, 2]])
+    assert found["nan"][1].isnan().all()
+    assert (found["zero"][1] == 0).all()
+    layer = idf.DeclarativeLayer(QuarticOrSquare())
+    with pytest.raises(idf.SingularError, match="sample 1 of 3"):
+        layer(x, scale).sum().backward()
+    with pytest.raises(idf.SingularError, match="sample 1 of 3"):
+        torch.func.jacrev(lambda x: layer(x, scale))(x.detach())
+    only_others = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(layer(x, scale), x, only_others)
+    assert torch.equal(gradient, only_others)

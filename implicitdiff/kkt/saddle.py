@@ -65,6 +65,19 @@ def merged(*status: Tensor) -> Tensor:
     return out
 
 
+def divided(batch_axis: int, *answers: Tensor) -> Tensor:
+    """(B,) int8: SINGULAR where an answer that came by division alone is not finite, for answers (..., B, ...)."""
+    sound = torch.stack([answer.sum() for answer in answers]).isfinite().all()
+    batch = max(answer.shape[batch_axis] for answer in answers)
+    status = torch.zeros(batch, dtype=torch.int8, device=answers[0].device)
+    if bool(sound):
+        return status
+    for answer in answers:  # a sum may overflow where no term does
+        finite = answer.movedim(batch_axis, 0).isfinite().reshape(answer.shape[batch_axis], -1).all(1)
+        status = torch.where(finite, status, int(Status.SINGULAR))
+    return status
+
+
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
     """max |finite entry| of each sample over several tensors (B or 1, ...), (B,)."""
     out = like.new_zeros(like.shape[:1])

@@ -157,7 +157,7 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self._status(status)]
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self._status(status, [*w, *s], STACKED)]
         return Recipe(outputs, [*s, *w], self._factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
@@ -187,15 +187,28 @@ class Recipes:
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
         return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
 
-    def _status(self, status: Sequence[Ref]) -> Output:
-        """One verdict per sample; a number where nothing is factored."""
+    def _status(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
+        """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""
         if not status:
-            return Output("status", self.build.number(0.0), ())
+            labelled = [ref for ref in answers if ref.node.prefix >= prefix]
+            if not labelled or self._divides_by_numbers():
+                return Output("status", self.build.number(0.0), ())
+            text = (
+                f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(labelled)))})"
+            )
+            args = [(ref, ref.labels, prefix) for ref in labelled]
+            return Output("status", call(self.build, text, args, (), BATCHED, "status"), (), prefix=-1)
         if len(status) == 1:
             return Output("status", status[0], (), prefix=-1)
         text = ", ".join(f"{{{k}}}" for k in range(len(status)))
         merged = call(self.build, f"saddle.merged({text})", [(ref, (), -1) for ref in status], (), BATCHED)
         return Output("status", merged, (), prefix=-1)
+
+    def _divides_by_numbers(self) -> bool:
+        """Whether H is a number times the identity, or numbers on the diagonal, and there is no S."""
+        entries = [self.form.grid[k][k] for k in range(len(self.form.grid))]
+        numbers = [None if e.diagonal is None else self.build.as_number(e.diagonal) for e in entries]
+        return not self.declared.constraints and all(number not in (None, 0.0) for number in numbers)
 
     # ---------------------------------------------------------------- the backward pass
 
@@ -229,7 +242,8 @@ class Recipes:
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
         first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
-        return Recipe([*outputs, *flags, self._status(status)], first, self._factors(kkt) if given else {})
+        verdict = self._status(status, [*held_w, *held_s], BATCHED)
+        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {})
 
     def _signed(self, ref: Ref, sign: float) -> Ref:
         """+-ref; a sum takes the sign in its terms."""
