@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from implicitdiff.graph.inplace import chain, join, overwritable, work_in_place
@@ -51,6 +51,7 @@ def tidied(
     work_in_place(body)
     chain(body)
     join(body)
+    _share(body, {statement.target for statement in body.statements if statement.in_place})
     _delete(body)
     _renumber(body)
     return [statement.text for statement in body.statements], [text_of(value) for value in body.results]
@@ -59,15 +60,20 @@ def tidied(
 # -------------------------------------------------------------------- nothing twice
 
 
-def _share(body: Body) -> None:
-    """Every expression that occurs twice gets a name before its first use, the largest first."""
+def _share(body: Body, changing: Collection[str] = ()) -> None:
+    """Every expression that occurs twice gets a name before its first use, the largest first.
+
+    Those that read a `changing` name are left alone: what is written in place has another value each time.
+    """
     while True:
         known = set(body.arguments) | {statement.target for statement in body.statements}
         found: dict[str, list[int]] = {}
         trees: dict[str, ast.expr] = {}
         for k, value in body.values():
             for tree in ast.walk(value):
-                if isinstance(tree, ast.expr) and _worth_sharing(tree, known):
+                if not isinstance(tree, ast.expr) or not _worth_sharing(tree, known):
+                    continue
+                if not set(read(tree)).intersection(changing):
                     key = ast.dump(tree)
                     found.setdefault(key, []).append(k)
                     trees[key] = tree
@@ -77,8 +83,9 @@ def _share(body: Body) -> None:
         key = max(repeated, key=len)
         first = found[key][0]
         tree = trees[key]
-        if first < len(body.statements) and ast.dump(body.statements[first].value) == key:
-            name = body.statements[first].target
+        whole = body.statements[first] if first < len(body.statements) else None
+        if whole is not None and whole.target not in changing and ast.dump(whole.value) == key:
+            name = whole.target
             body.rewrite(lambda value: substituted(value, key, name), first + 1)  # noqa: B023
         else:
             name = f"t{body.counter}"

@@ -116,8 +116,12 @@ def dense_block(
         text = "{0}" if simple else f"saddle.matrix({{0}}, {len(rows)}, {len(columns)})"
         args.append((whole, (*rows, *columns), BATCHED))
     if entry.diagonal is not None:
-        text = f"saddle.with_diagonal({text}, {flat_text([rows]).replace('{0}', '{1}')})"
-        args.append((entry.diagonal, rows, BATCHED))
+        if entry.diagonal.labels:
+            text = f"saddle.with_diagonal({text}, {flat_text([rows]).replace('{0}', '{1}')})"
+            args.append((entry.diagonal, rows, BATCHED))
+        else:
+            text = f"saddle.with_diagonal({text}, {{1}}[:, None])"
+            args.append((entry.diagonal, (), BATCHED))
     return text, args
 
 
