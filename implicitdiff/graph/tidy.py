@@ -25,7 +25,7 @@ from implicitdiff.graph.statements import (
     named,
     read_results,
 )
-from implicitdiff.graph.trees import adds_axes_only, read, simplified, substituted, text_of
+from implicitdiff.graph.trees import adds_axes_only, kept, read, simplified, substituted, text_of
 
 
 def tidied(
@@ -70,11 +70,8 @@ def _share(body: Body, changing: Collection[str] = ()) -> None:
         found: dict[str, list[int]] = {}
         trees: dict[str, ast.expr] = {}
         for k, value in body.values():
-            for tree in ast.walk(value):
-                if not isinstance(tree, ast.expr) or not _worth_sharing(tree, known):
-                    continue
-                if not set(read(tree)).intersection(changing):
-                    key = ast.dump(tree)
+            for key, tree in _parts(value):
+                if known.intersection(read(tree)) and not set(changing).intersection(read(tree)):
                     found.setdefault(key, []).append(k)
                     trees[key] = tree
         repeated = [key for key, where in found.items() if len(where) > 1]
@@ -99,7 +96,17 @@ def _share(body: Body, changing: Collection[str] = ()) -> None:
                 body.shapes[name] = Shape(leading, sizes, True)
 
 
-def _worth_sharing(tree: ast.expr, known: set[str]) -> bool:
+def _parts(value: ast.expr) -> list[tuple[str, ast.expr]]:
+    """The parts of an expression that may be shared, the whole among them, with a key each."""
+
+    def find() -> list[tuple[str, ast.expr]]:
+        trees = (tree for tree in ast.walk(value) if isinstance(tree, ast.expr) and _worth_sharing(tree))
+        return [(ast.dump(tree), tree) for tree in trees]
+
+    return kept(value, "_parts", find)
+
+
+def _worth_sharing(tree: ast.expr) -> bool:
     if isinstance(tree, ast.Call):
         name = tree.func.attr if isinstance(tree.func, ast.Attribute) else ""
         if name in ("new_zeros", "new_full", "eye") or text_of(tree).startswith("solvers."):
@@ -111,7 +118,7 @@ def _worth_sharing(tree: ast.expr, known: set[str]) -> bool:
             return False  # a view that only adds axes is cheaper written than named
     elif not isinstance(tree, ast.BinOp | ast.UnaryOp | ast.Compare):
         return False
-    return bool(known.intersection(read(tree)))
+    return True
 
 
 # -------------------------------------------------------------------- no name used once
@@ -125,10 +132,10 @@ def _move_inline(body: Body) -> None:
         where = body.uses().get(statement.target, [])
         if not where:
             if not text_of(statement.value).startswith("solvers."):
-                del body.statements[k]
+                body.replace(k, None)
         elif len(where) == 1 and _may_move(body, k, where[0]):
             replacement = {statement.target: statement.value}
-            del body.statements[k]
+            body.replace(k, None)
             body.rewrite(lambda value: named(value, replacement), k)  # noqa: B023
         k -= 1
 
