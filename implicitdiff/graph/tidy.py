@@ -83,17 +83,21 @@ def _share(body: Body, changing: Collection[str] = ()) -> None:
         whole = body.statements[first] if first < len(body.statements) else None
         if whole is not None and whole.target not in changing and ast.dump(whole.value) == key:
             name = whole.target
-            body.rewrite(lambda value: substituted(value, key, name), first + 1)  # noqa: B023
+            body.rewrite(lambda value: _shared(value, key, tree, name), first + 1)  # noqa: B023
         else:
             name = f"t{body.counter}"
             body.counter += 1
-            body.rewrite(lambda value: substituted(value, key, name), first)  # noqa: B023
+            body.rewrite(lambda value: _shared(value, key, tree, name), first)  # noqa: B023
             body.statements.insert(first, Statement(name, tree))
             axes = broadcast(tree, body.shapes)
             if axes is not None and 1 not in axes:
                 leading = axes.count("B")
                 sizes = tuple(axis for axis in axes[leading:] if isinstance(axis, int))
                 body.shapes[name] = Shape(leading, sizes, True)
+
+
+def _shared(value: ast.expr, key: str, part: ast.expr, name: str) -> ast.expr:
+    return substituted(value, part, name) if any(k == key for k, _ in _parts(value)) else value
 
 
 def _parts(value: ast.expr) -> list[tuple[str, ast.expr]]:

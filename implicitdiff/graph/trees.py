@@ -36,12 +36,13 @@ def copied(tree: ast.expr) -> ast.expr:
     return ast.parse(text_of(tree), mode="eval").body
 
 
-def substituted(tree: ast.expr, key: str, name: str) -> ast.expr:
-    """A copy of the tree with every part whose dump is `key` replaced by a name."""
+def substituted(tree: ast.expr, part: ast.expr, name: str) -> ast.expr:
+    """A copy of the tree with every part that equals `part` replaced by a name."""
+    kind, key = type(part), ast.dump(part)
 
     class Replace(ast.NodeTransformer):
         def visit(self, node: ast.AST) -> ast.AST:
-            if isinstance(node, ast.expr) and ast.dump(node) == key:
+            if type(node) is kind and ast.dump(node) == key:
                 return ast.Name(name, ast.Load())
             self.generic_visit(node)
             return node
