@@ -145,7 +145,10 @@ PATHS = (
     *(solved_by(s, "portfolio", Portfolio, ASSETS, (None, 0)) for s in ("schur", "lu", "ldl")),
     solved_by("schur", "quartic", Quartic, PLANE, (0, None), shown="divide"),  # S is a number
     *(solved_by(s, "quartic", Quartic, PLANE, (0, None)) for s in ("lu", "ldl")),
-    *(transport(f"{s}-transport", options={"linear_solver": s}, solver=s) for s in ("schur", "lu")),
+    *(
+        transport(f"{s}-transport", options={"linear_solver": s}, solver=s)
+        for s in ("schur", "schur-cg", "lu")
+    ),
     Path("auto-cumulative", Cumulative, (numbers(2, 4, seed=8),), solver="lu"),
     *through("dense", "lu"),
     *through("matrix-free", "minres"),

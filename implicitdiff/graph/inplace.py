@@ -38,7 +38,7 @@ def work_in_place(body: Body) -> None:
         if value is None:
             continue
         old = statement.target
-        body.statements[k] = Statement(name, value, in_place=True)
+        body.replace(k, Statement(name, value, in_place=True))
         body.rewrite(lambda v: named(v, {old: ast.Name(name)}), k + 1)  # noqa: B023
         for later in body.statements[k + 1 :]:
             if later.target == old:
@@ -102,7 +102,7 @@ def _turn_sign(body: Body, k: int, name: str) -> None:
                     if name in read(s.value)
                 ]
                 if not between:
-                    earlier.value = turned
+                    earlier.value, body.known = turned, None
                     body.statements[k].value = ast.BinOp(value.right, ast.Add(), value.left)
             return
 
@@ -185,7 +185,7 @@ def join(body: Body) -> None:
             and read(statement.value).count(before.target) == 1
         ):
             statement.value = named(statement.value, {before.target: before.value})
-            del body.statements[k - 1]
+            body.replace(k - 1, None)
         else:
             k += 1
 

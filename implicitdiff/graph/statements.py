@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from implicitdiff.graph.trees import number_of, read, simplified, text_of
+from implicitdiff.graph.trees import copied, kept, number_of, read, simplified, text_of
 
 WIDTH = 100
 """Lines do not grow beyond this by moving expressions inline."""
@@ -70,6 +70,8 @@ class Body:
     shapes: dict[str, Shape]
     arguments: Sequence[str]
     counter: int = 0
+    known: dict[str, list[int]] | None = None
+    """What `uses` found, until the statements change."""
 
     def values(self) -> Iterator[tuple[int, ast.expr]]:
         """All expressions with their positions; the returned ones come last."""
@@ -83,14 +85,21 @@ class Body:
         for statement in self.statements[first:]:
             statement.value = change(statement.value)
         self.results = [change(value) for value in self.results]
+        self.known = None
+
+    def replace(self, k: int, statement: Statement | None) -> None:
+        """Puts another statement in the place of the k-th, or nothing."""
+        self.statements[k : k + 1] = [] if statement is None else [statement]
+        self.known = None
 
     def uses(self) -> dict[str, list[int]]:
         """The positions at which each name is read, one entry an occurrence."""
-        found: dict[str, list[int]] = {}
-        for k, value in self.values():
-            for name in read(value):
-                found.setdefault(name, []).append(k)
-        return found
+        if self.known is None:
+            self.known = {}
+            for k, value in self.values():
+                for name in read(value):
+                    self.known.setdefault(name, []).append(k)
+        return self.known
 
 
 def read_results(body: Body) -> list[str]:
@@ -100,6 +109,10 @@ def read_results(body: Body) -> list[str]:
 
 def is_fresh(value: ast.expr) -> bool:
     """Whether the result is a tensor of its own."""
+    return kept(value, "_fresh", lambda: _is_fresh(value))
+
+
+def _is_fresh(value: ast.expr) -> bool:
     if isinstance(value, ast.BinOp | ast.Compare | ast.UnaryOp):
         return True
     if isinstance(value, ast.Attribute) and value.attr in ("status", "cancelled"):
@@ -153,7 +166,9 @@ def named(value: ast.expr, replacement: Mapping[str, ast.expr]) -> ast.expr:
         def visit_Name(self, node: ast.Name) -> ast.expr:
             return replacement.get(node.id, node)
 
-    changed: ast.expr = Insert().visit(value)
+    if not set(replacement).intersection(read(value)):
+        return value
+    changed: ast.expr = Insert().visit(copied(value))
     return simplified(text_of(changed))
 
 

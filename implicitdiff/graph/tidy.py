@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from implicitdiff.graph.inplace import chain, join, overwritable, work_in_place
@@ -25,7 +25,7 @@ from implicitdiff.graph.statements import (
     named,
     read_results,
 )
-from implicitdiff.graph.trees import adds_axes_only, read, simplified, substituted, text_of
+from implicitdiff.graph.trees import adds_axes_only, kept, read, simplified, substituted, text_of
 
 
 def tidied(
@@ -51,6 +51,7 @@ def tidied(
     work_in_place(body)
     chain(body)
     join(body)
+    _share(body, {statement.target for statement in body.statements if statement.in_place})
     _delete(body)
     _renumber(body)
     return [statement.text for statement in body.statements], [text_of(value) for value in body.results]
@@ -59,16 +60,18 @@ def tidied(
 # -------------------------------------------------------------------- nothing twice
 
 
-def _share(body: Body) -> None:
-    """Every expression that occurs twice gets a name before its first use, the largest first."""
+def _share(body: Body, changing: Collection[str] = ()) -> None:
+    """Every expression that occurs twice gets a name before its first use, the largest first.
+
+    Those that read a `changing` name are left alone: what is written in place has another value each time.
+    """
     while True:
         known = set(body.arguments) | {statement.target for statement in body.statements}
         found: dict[str, list[int]] = {}
         trees: dict[str, ast.expr] = {}
         for k, value in body.values():
-            for tree in ast.walk(value):
-                if isinstance(tree, ast.expr) and _worth_sharing(tree, known):
-                    key = ast.dump(tree)
+            for key, tree in _parts(value):
+                if known.intersection(read(tree)) and not set(changing).intersection(read(tree)):
                     found.setdefault(key, []).append(k)
                     trees[key] = tree
         repeated = [key for key, where in found.items() if len(where) > 1]
@@ -77,13 +80,14 @@ def _share(body: Body) -> None:
         key = max(repeated, key=len)
         first = found[key][0]
         tree = trees[key]
-        if first < len(body.statements) and ast.dump(body.statements[first].value) == key:
-            name = body.statements[first].target
-            body.rewrite(lambda value: substituted(value, key, name), first + 1)  # noqa: B023
+        whole = body.statements[first] if first < len(body.statements) else None
+        if whole is not None and whole.target not in changing and ast.dump(whole.value) == key:
+            name = whole.target
+            body.rewrite(lambda value: _shared(value, key, tree, name), first + 1)  # noqa: B023
         else:
             name = f"t{body.counter}"
             body.counter += 1
-            body.rewrite(lambda value: substituted(value, key, name), first)  # noqa: B023
+            body.rewrite(lambda value: _shared(value, key, tree, name), first)  # noqa: B023
             body.statements.insert(first, Statement(name, tree))
             axes = broadcast(tree, body.shapes)
             if axes is not None and 1 not in axes:
@@ -92,7 +96,21 @@ def _share(body: Body) -> None:
                 body.shapes[name] = Shape(leading, sizes, True)
 
 
-def _worth_sharing(tree: ast.expr, known: set[str]) -> bool:
+def _shared(value: ast.expr, key: str, part: ast.expr, name: str) -> ast.expr:
+    return substituted(value, part, name) if any(k == key for k, _ in _parts(value)) else value
+
+
+def _parts(value: ast.expr) -> list[tuple[str, ast.expr]]:
+    """The parts of an expression that may be shared, the whole among them, with a key each."""
+
+    def find() -> list[tuple[str, ast.expr]]:
+        trees = (tree for tree in ast.walk(value) if isinstance(tree, ast.expr) and _worth_sharing(tree))
+        return [(ast.dump(tree), tree) for tree in trees]
+
+    return kept(value, "_parts", find)
+
+
+def _worth_sharing(tree: ast.expr) -> bool:
     if isinstance(tree, ast.Call):
         name = tree.func.attr if isinstance(tree.func, ast.Attribute) else ""
         if name in ("new_zeros", "new_full", "eye") or text_of(tree).startswith("solvers."):
@@ -104,7 +122,7 @@ def _worth_sharing(tree: ast.expr, known: set[str]) -> bool:
             return False  # a view that only adds axes is cheaper written than named
     elif not isinstance(tree, ast.BinOp | ast.UnaryOp | ast.Compare):
         return False
-    return bool(known.intersection(read(tree)))
+    return True
 
 
 # -------------------------------------------------------------------- no name used once
@@ -118,10 +136,10 @@ def _move_inline(body: Body) -> None:
         where = body.uses().get(statement.target, [])
         if not where:
             if not text_of(statement.value).startswith("solvers."):
-                del body.statements[k]
+                body.replace(k, None)
         elif len(where) == 1 and _may_move(body, k, where[0]):
             replacement = {statement.target: statement.value}
-            del body.statements[k]
+            body.replace(k, None)
             body.rewrite(lambda value: named(value, replacement), k)  # noqa: B023
         k -= 1
 

@@ -6,29 +6,48 @@ In: expressions as text or trees. Out: trees. Next file: `tidy.py`.
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def kept(tree: ast.AST, name: str, compute: Callable[[], Value]) -> Value:
+    """What `compute` returns for a tree, computed once: trees are never changed after they are built."""
+    known: Value | None = tree.__dict__.get(name)
+    if known is None:
+        known = compute()
+        setattr(tree, name, known)
+    return known
 
 
 def text_of(tree: ast.expr) -> str:
     """The source of an expression."""
-    return ast.unparse(tree)
+    return kept(tree, "_text", lambda: ast.unparse(tree))
 
 
 def read(tree: ast.AST) -> list[str]:
     """The names that an expression reads, one entry an occurrence."""
-    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return kept(tree, "_read", lambda: [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)])
 
 
-def substituted(tree: ast.expr, key: str, name: str) -> ast.expr:
-    """The tree with every part whose dump is `key` replaced by a name."""
+def copied(tree: ast.expr) -> ast.expr:
+    """The same expression as a tree of its own."""
+    return ast.parse(text_of(tree), mode="eval").body
+
+
+def substituted(tree: ast.expr, part: ast.expr, name: str) -> ast.expr:
+    """A copy of the tree with every part that equals `part` replaced by a name."""
+    kind, key = type(part), ast.dump(part)
 
     class Replace(ast.NodeTransformer):
         def visit(self, node: ast.AST) -> ast.AST:
-            if isinstance(node, ast.expr) and ast.dump(node) == key:
+            if type(node) is kind and ast.dump(node) == key:
                 return ast.Name(name, ast.Load())
             self.generic_visit(node)
             return node
 
-    changed = Replace().visit(tree)
+    changed = Replace().visit(copied(tree))
     assert isinstance(changed, ast.expr)
     return changed
 

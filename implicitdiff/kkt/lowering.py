@@ -127,8 +127,12 @@ def dense_block(
         text = "{0}" if simple else f"saddle.matrix({{0}}, {len(rows)}, {len(columns)})"
         args.append((whole, (*rows, *columns), BATCHED))
     if entry.diagonal is not None:
-        text = f"saddle.with_diagonal({text}, {flat_text([rows]).replace('{0}', '{1}')})"
-        args.append((entry.diagonal, rows, BATCHED))
+        if entry.diagonal.labels:
+            text = f"saddle.with_diagonal({text}, {flat_text([rows]).replace('{0}', '{1}')})"
+            args.append((entry.diagonal, rows, BATCHED))
+        else:
+            text = f"saddle.with_diagonal({text}, {{1}}[:, None])"
+            args.append((entry.diagonal, (), BATCHED))
     return text, args
 
 
@@ -374,7 +378,10 @@ def meta_operator(
         k = rank_of(build, form)
         entry = form.entry
         scalar = entry.diagonal is not None and not entry.diagonal.labels
-        return operators.LowRankPlusDiagonal(empty(1 if scalar else size), empty(size, k), empty(k))
+        own = form.space.rows[0], form.space.columns[0]
+        symmetric = all(is_symmetric(term, *own) for term in entry.low_rank)
+        right = None if symmetric else empty(size, k)
+        return operators.LowRankPlusDiagonal(empty(1 if scalar else size), empty(size, k), empty(k), right)
     if kind in ("dense", "block"):
         return operators.Dense(empty(size, size), symmetric=True)
     raise Unsupported(f"no operator for the kind {kind}")
