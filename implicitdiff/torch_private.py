@@ -51,6 +51,7 @@ __all__ = [
     "nested_forward_mode",
     "pytree",
     "raise_grad_batched",
+    "standard_gamma",
     "tangent_free",
     "transforms_active",
     "values_are_readable",
@@ -244,3 +245,9 @@ def without_saved_tensor_hooks() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def standard_gamma(shape: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Gamma numbers of scale 1 from a generator, which ``torch.distributions`` does not take."""
+    drawn: torch.Tensor = torch._standard_gamma(shape, generator=generator)
+    return drawn
