@@ -15,9 +15,12 @@ from torch import Tensor
 from implicitdiff.combinatorial.estimators.base import Estimator, Pass
 from implicitdiff.errors import NotSupportedYetError
 from implicitdiff.torch_private import (
+    grad_batched_level,
     is_grad_batched,
     is_wrapped,
+    lower_grad_batched,
     nested_forward_mode,
+    raise_grad_batched,
     tangent_free,
     without_autocast,
 )
@@ -85,20 +88,30 @@ def _differentiate(
     estimator: Estimator, run: Pass, rule: str, v: Tensor, w: Tensor, y: Tensor, *saved: Tensor
 ) -> Tensor:
     """One derivative rule of the estimator ("vjp" or "jvp") at a cotangent or tangent v."""
+    if is_grad_batched(v):
+        return _through_func(lambda one: _differentiate(estimator, run, rule, one, w, y, *saved), v)
     if len(w) == 0:
         return torch.zeros_like(v)
     if not estimator.smooth:
-        if is_grad_batched(v):
-            raise NotSupportedYetError(
-                f"is_grads_batched=True or vectorize=True with {estimator.name}: use torch.func.vmap or jacrev"
-            )
         found: Tensor = Surrogate.apply(estimator, run, rule, v, w, y, *saved)
         return found
     with without_autocast(w.device.type):
         moved: Tensor = getattr(estimator, rule)(run, w, y, saved, v)
-        if rule == "vjp" and not is_wrapped(v) and not is_wrapped(moved) and not is_grad_batched(v):
+        if rule == "vjp" and not is_wrapped(v) and not is_wrapped(moved):
             run.oracle.tally.gradients(v.detach(), moved.detach())
     return moved
+
+
+def _through_func(derivative: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """derivative(v) for a v that torch's older vmap has batched (is_grads_batched, vectorize): by torch.func's vmap,
+    which knows the rules of these functions.
+    """
+    level = grad_batched_level()
+    if level != 1:
+        raise NotSupportedYetError(
+            "nested vectorize=True or is_grads_batched=True: use torch.func.vmap, jacrev and jacfwd"
+        )
+    return raise_grad_batched(torch.func.vmap(derivative)(lower_grad_batched(v, level)), level)
 
 
 class Surrogate(torch.autograd.Function):

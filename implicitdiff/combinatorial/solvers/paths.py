@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import NegativeCycleError, bellman_ford, dijkstra
+from scipy.sparse.csgraph import dijkstra
 
 from implicitdiff.errors import InputError, SolverError
 
@@ -59,16 +59,14 @@ class Arcs:
 def predecessors(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """(first sample, predecessors (b, N)) for chunks of samples; weights (B, A) are in sorted order.
 
-    Nonnegative weights go to Dijkstra's method on the disjoint union of a chunk, which is one call of compiled code for
-    all of it; explicit zeros stay arcs of cost zero. Samples with a negative weight go to Bellman and Ford, one by one.
+    Dijkstra's method runs on the disjoint union of a chunk, which is one call of compiled code for all of it; explicit
+    zeros stay arcs of cost zero. Negative weights are made nonnegative first, by distances as node potentials.
 
     Raises:
         InputError: a sample has a cycle of negative cost that the source reaches.
     """
     if weights.min() < 0:
-        for sample, row in enumerate(weights):
-            yield sample, _bellman_ford(arcs, row, source, sample, name)[None]
-        return
+        weights = _reduced(arcs, weights, source, name)
     together = max(1, NODES_TOGETHER // arcs.nodes)
     shared: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for first in range(0, len(weights), together):
@@ -83,15 +81,34 @@ def predecessors(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> Ite
         yield first, found.reshape(copies, arcs.nodes) - offsets[:, None]
 
 
-def _bellman_ford(arcs: Arcs, row: np.ndarray, source: int, sample: int, name: str) -> np.ndarray:
-    graph = csr_matrix((row, arcs.head, arcs.start), shape=(arcs.nodes, arcs.nodes))
-    try:
-        _, found = bellman_ford(graph, indices=source, return_predecessors=True)
-    except NegativeCycleError:
+def _reduced(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> np.ndarray:
+    """w + d(tail) - d(head) >= 0, with the distances d of Bellman and Ford's method in all samples at once.
+
+    Every path from the source to a node changes by the same amount. SciPy's own method is not used: it compares with an
+    absolute tolerance, and where a cycle of sum zero rounds to less, its predecessors can run in a circle. Here what is
+    below rounding of the largest weight counts as zero.
+    """
+    by_head = np.argsort(arcs.head, kind="stable")
+    heads, begins = np.unique(arcs.head[by_head], return_index=True)
+    tails, ordered = arcs.tail[by_head], weights[:, by_head]
+    rounding = 8 * np.finfo(float).eps * arcs.nodes * np.abs(weights).max(axis=1, keepdims=True)
+    distance = np.full((len(weights), arcs.nodes), np.inf)
+    distance[:, source] = 0
+    for _ in range(arcs.nodes):
+        nearer = np.minimum.reduceat(distance[:, tails] + ordered, begins, axis=1)
+        improves = nearer < distance[:, heads] - rounding
+        if not improves.any():
+            break
+        distance[:, heads] = np.where(improves, nearer, distance[:, heads])
+    else:
+        sample = int(improves.any(axis=1).nonzero()[0][0])
         raise InputError(
             f"costs of {name} have a cycle of negative sum in sample {sample}, so that no path is shortest"
-        ) from None
-    return np.asarray(found)
+        )
+    reached = np.isfinite(distance)
+    potential = np.where(reached, distance, 0.0)
+    slack = weights + potential[:, arcs.tail] - potential[:, arcs.head]
+    return np.where(reached[:, arcs.tail], np.maximum(slack, 0.0), 0.0)
 
 
 def walk(found: np.ndarray, source: int, target: int, name: str) -> Iterator[tuple[np.ndarray, ...]]:

@@ -21,9 +21,9 @@ class ShortestPath(NumpySolver):
     """min <w, y> over the paths from source to target.
 
     Directed graphs take negative costs as long as no cycle has a negative sum (a cycle that the source reaches is an
-    error, by sample): Bellman and Ford then, Dijkstra otherwise. An undirected edge of negative cost is such a cycle by
-    itself, so undirected graphs take none. Of a directed path, flow conservation is declared: the affine projection
-    takes node potentials out.
+    error, by sample), which Bellman and Ford's method makes nonnegative before Dijkstra's. An undirected edge of
+    negative cost is such a cycle by itself, so undirected graphs take none. Of a directed path, flow conservation is
+    declared: the affine projection takes node potentials out.
 
     Args:
         graph: a networkx graph; costs are in the order of ``graph.edges``.
@@ -55,7 +55,7 @@ class ShortestPath(NumpySolver):
         return self.graph.edges
 
     def solve_numpy(self, costs: np.ndarray) -> np.ndarray:
-        """All samples of a batch in one search, as long as no cost is negative."""
+        """All samples of a batch in a few searches."""
         y = np.zeros(costs.shape)
         weights = costs[:, self._arcs.order % self.graph.size]
         for first, found in predecessors(self._arcs, weights, self.source, self.name):
