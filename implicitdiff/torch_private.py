@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -49,6 +50,7 @@ __all__ = [
     "lower_grad_batched",
     "make_fx",
     "nested_forward_mode",
+    "outside_of_graphs",
     "pytree",
     "raise_grad_batched",
     "standard_gamma",
@@ -251,3 +253,11 @@ def standard_gamma(shape: torch.Tensor, generator: torch.Generator | None) -> to
     """Gamma numbers of scale 1 from a generator, which ``torch.distributions`` does not take."""
     drawn: torch.Tensor = torch._standard_gamma(shape, generator=generator)
     return drawn
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one that torch.compile does not look into; unlike ``torch.compiler.disable`` the compiler is
+    imported at the first call, not here.
+    """
+    hidden: Callable[..., Any] = _disable_dynamo(function)
+    return hidden

@@ -108,7 +108,11 @@ def random_costs(solver: Solver, shape: Shape, samples: int, seed: int) -> Tenso
     numbers = np.random.default_rng(seed)
     if solver.domain == "any":
         return torch.from_numpy(numbers.standard_normal((samples, *shape)))
-    return torch.from_numpy(numbers.uniform(0.1, 1.1, (samples, *shape)))
+    # Half of them vary by orders of magnitude, which finds the solutions that take detours.
+    even = numbers.uniform(0.1, 1.1, (samples - samples // 2, *shape))
+    return torch.from_numpy(
+        np.concatenate((even, np.exp(3 * numbers.standard_normal((samples // 2, *shape)))))
+    )
 
 
 def _test(solver: Solver, projection: Projection, costs: Tensor) -> None:

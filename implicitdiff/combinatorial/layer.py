@@ -17,7 +17,7 @@ from implicitdiff.combinatorial.oracle import Oracle, Policy
 from implicitdiff.combinatorial.projections import Projection
 from implicitdiff.combinatorial.tally import Diagnostics, Tally
 from implicitdiff.errors import OptionError
-from implicitdiff.torch_private import clean_context
+from implicitdiff.torch_private import clean_context, outside_of_graphs
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -83,6 +83,12 @@ class DiscreteLayer(nn.Module):
             InfeasibleError, SolverError: some sample has no solution, or was not solved.
             ProjectionError: the estimator's projection changes the solution.
         """
+        if torch.compiler.is_compiling():
+            compiled: Tensor = _outside(self, cost)
+            return compiled
+        return self._solve(cost)
+
+    def _solve(self, cost: Tensor) -> Tensor:
         batch = self.solver.batch_shape(cost)
         shape = tuple(cost.shape[len(batch) :])
         if self.check and shape not in self._checked:
@@ -118,5 +124,8 @@ class DiscreteLayer(nn.Module):
         """The parts, for print(layer)."""
         return f"{self.solver.name}, {self.estimator.name}, domain={self.oracle.domain!r}"
 
+
+# A compiler would walk into NumPy code; a solver is left as a break between two graphs instead.
+_outside = outside_of_graphs(DiscreteLayer._solve)
 
 __all__ = ["DiscreteLayer"]

@@ -262,9 +262,7 @@ INSTANCES = {
         lambda: subsets(DIRECTED, 4, lambda part: len(nx.descendants(part, 0)) == 4),
         dimension=7,
     ),
-    "grid-8": Instance(
-        lambda: co.GridShortestPath(3, 3), lambda: cell_paths(3, 3, 8), "nonnegative"
-    ),
+    "grid-8": Instance(lambda: co.GridShortestPath(3, 3), lambda: cell_paths(3, 3, 8), "nonnegative"),
     "grid-4": Instance(
         lambda: co.GridShortestPath(3, 4, neighbours=4), lambda: cell_paths(3, 4, 4), "nonnegative"
     ),
@@ -284,14 +282,11 @@ INSTANCES = {
         "nonnegative",
     ),
     "flow": Instance(lambda sense="min": co.MinCostFlow(NETWORK, sense=sense), flows, dimension=4),
-    "cut-directed": Instance(
-        lambda: co.MinCut(DIRECTED, 0, 4), lambda: cuts(DIRECTED, 0, 4), "nonnegative"
-    ),
-    "cut-undirected": Instance(
-        lambda: co.MinCut(WHEEL, 1, 3), lambda: cuts(WHEEL, 1, 3), "nonnegative"
-    ),
+    "cut-directed": Instance(lambda: co.MinCut(DIRECTED, 0, 4), lambda: cuts(DIRECTED, 0, 4), "nonnegative"),
+    "cut-undirected": Instance(lambda: co.MinCut(WHEEL, 1, 3), lambda: cuts(WHEEL, 1, 3), "nonnegative"),
     "milp": Instance(
-        lambda sense="min": co.MILP(5, A_eq=A_EQ, b_eq=B_EQ, A_ub=A_UB, b_ub=B_UB, upper=2, sense=sense), programs
+        lambda sense="min": co.MILP(5, A_eq=A_EQ, b_eq=B_EQ, A_ub=A_UB, b_ub=B_UB, upper=2, sense=sense),
+        programs,
     ),
     "set-cover": Instance(
         lambda sense="min": co.SetCover(MEMBERSHIP, sense=sense),

@@ -21,7 +21,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def layer(solver: co.Solver, estimator: co.Estimator, seed: int = 0, domain: str = "error") -> co.DiscreteLayer:
+def layer(
+    solver: co.Solver, estimator: co.Estimator, seed: int = 0, domain: str = "error"
+) -> co.DiscreteLayer:
     return co.DiscreteLayer(solver, estimator, generator=generator(seed), domain=domain)  # type: ignore[arg-type]
 
 
@@ -372,5 +374,5 @@ def test_reductions() -> None:
     ],
 )
 def test_wrong_options_are_named(make: object) -> None:
-    with pytest.raises(OptionError, match="expected|one of"):
+    with pytest.raises(OptionError, match=r"expected|one of"):
         make()  # type: ignore[operator]

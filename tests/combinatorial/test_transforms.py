@@ -223,3 +223,19 @@ def test_parameters_upstream_and_a_solution_changed_in_place() -> None:
     y.detach().add_(1)
     with pytest.raises(RuntimeError, match="inplace operation"):
         y.sum().backward()
+
+
+# The compiler itself looks at .grad of intermediate tensors where a graph breaks, and hides torch's warning of it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("estimator", ["auto", "blackbox"])
+def test_compiled_programs_run_the_layer_between_graphs(estimator: str) -> None:
+    layer, w = made("grid", estimator)
+
+    def program(x: Tensor) -> Tensor:
+        return loss(layer(x * 1.5) + 1).sum()
+
+    x, z = w.clone().requires_grad_(), w.clone().requires_grad_()
+    compiled = torch.compile(program, backend="eager")
+    compiled(x).backward()
+    program(z).backward()
+    torch.testing.assert_close(x.grad, z.grad)

@@ -41,7 +41,7 @@ class TSP(NumpySolver):
         if cities < 3:
             raise OptionError(f"TSP of {cities} cities: expected at least 3")
         if method not in ("auto", "dynamic", "cuts"):
-            raise OptionError(f"method={method!r} of TSP: 'auto', 'dynamic' or 'cuts'")
+            raise OptionError(f"method={method!r} of TSP: one of auto, dynamic, cuts")
         super().__init__((cities * (cities - 1) // 2,), sense=sense)
         self.cities = cities
         self.tail, self.head = np.triu_indices(cities, 1)
