@@ -17,7 +17,7 @@ from implicitdiff.combinatorial.estimators import (
     SPOPlusLoss,
     StraightThrough,
 )
-from implicitdiff.combinatorial.invariance import Invariance, check_invariance
+from implicitdiff.combinatorial.invariance import Invariance, check_invariance, project
 from implicitdiff.combinatorial.layer import DiscreteLayer
 from implicitdiff.combinatorial.noise import Gumbel, Noise, Normal, Rademacher, SumOfGamma, Uniform
 from implicitdiff.combinatorial.projections import Affine, Mean, NoProjection, Norm, Plane, Projection
@@ -91,6 +91,7 @@ __all__ = [
     "check_loss",
     "informed_margin",
     "optimal_value",
+    "project",
     "regret",
     "solver",
 ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitdiff.errors import InputError, SolverError
+from implicitdiff.errors import InputError, NotSupportedYetError, SolverError
+from implicitdiff.torch_private import is_traced
 
 SHOWN = 8
 
@@ -21,11 +22,21 @@ def name_samples(bad: Tensor) -> str:
     return f"sample{'s' if len(indices) > 1 else ''} {shown}{rest}"
 
 
+def require_values(costs: Tensor, name: str) -> None:
+    """Raise NotSupportedYetError while a graph is being recorded: it would hold the solution of one cost for ever."""
+    if is_traced((costs,)):
+        raise NotSupportedYetError(
+            f"{name} looks at values, which make_fx, torch.export, fake and meta tensors do not have; torch.compile "
+            "leaves a DiscreteLayer between two graphs"
+        )
+
+
 def check_finite(costs: Tensor, name: str, what: str = "costs") -> None:
     """Raise InputError where a cost is NaN or inf: a solver would return some path, silently.
 
     The sum is tested first, since it is finite only if every entry is and takes one pass without a temporary.
     """
+    require_values(costs, name)
     if torch.isfinite(costs.sum()):
         return
     bad = ~torch.isfinite(costs.flatten(1)).all(1)

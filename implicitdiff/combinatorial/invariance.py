@@ -16,6 +16,7 @@ from torch import Tensor
 from implicitdiff.combinatorial.base import Shape, Solver
 from implicitdiff.combinatorial.projections import Projection, resolve
 from implicitdiff.errors import InputError, ProjectionError
+from implicitdiff.torch_private import is_wrapped
 
 SAMPLES = 32
 PROOF_TOLERANCE = 1e-8
@@ -103,6 +104,25 @@ def check_invariance(
     return Invariance(False, f"tested on {len(drawn)} costs")
 
 
+def project(
+    solver: Solver, cost: Tensor, projection: str | Projection | Callable[[Tensor], Tensor] = "auto"
+) -> Tensor:
+    """P(cost) for costs (*batch, *cost_shape), differentiable: a projection in front of a layer of any estimator.
+
+    `Identity` has its projection inside; for the others ``layer(project(solver, cost))`` is what the paper does: they
+    see P(w), and autograd multiplies with P'. Where the solver takes no negative costs use "norm", which keeps signs.
+
+    Raises:
+        InputError: P has no derivative at a zero cost.
+    """
+    batch = solver.batch_shape(cost)
+    flat = cost.reshape(-1, *cost.shape[len(batch) :])
+    bound = resolve(projection, solver, "min")
+    if not is_wrapped(flat):
+        bound.check(flat.detach())
+    return bound(flat).reshape(cost.shape)
+
+
 def random_costs(solver: Solver, shape: Shape, samples: int, seed: int) -> Tensor:
     """Costs (samples, *shape) in the solver's domain, from NumPy's generator, which no transform of torch sees."""
     numbers = np.random.default_rng(seed)
@@ -141,4 +161,4 @@ def _test(solver: Solver, projection: Projection, costs: Tensor) -> None:
         )
 
 
-__all__ = ["Invariance", "check_invariance", "proof"]
+__all__ = ["Invariance", "check_invariance", "project", "proof"]

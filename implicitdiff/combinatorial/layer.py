@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from implicitdiff.combinatorial.base import Shape, Solver
+from implicitdiff.combinatorial.checks import require_values
 from implicitdiff.combinatorial.estimators.base import Estimator, Pass
 from implicitdiff.combinatorial.function import DiscreteFunction
 from implicitdiff.combinatorial.invariance import check_invariance, proof
@@ -28,6 +29,7 @@ class DiscreteLayer(nn.Module):
     The layer computes vector-Jacobian products of a replacement for the solver's derivative, which is zero almost
     everywhere; each estimator's docstring has its formula. It works under torch.func (grad, vmap, jacrev, and jacfwd,
     hessian where the estimator has them), in float64, float32 and lower, on batches of any shape, also empty ones.
+    torch.compile leaves it between two graphs; whatever else records operators instead of values is refused.
 
     In training mode estimators add their noise; in evaluation every estimator returns the plain solution y(cost).
 
@@ -82,6 +84,7 @@ class DiscreteLayer(nn.Module):
             InputError: wrong shape; NaN or inf; costs outside of the domain; zero costs where a norm is divided by.
             InfeasibleError, SolverError: some sample has no solution, or was not solved.
             ProjectionError: the estimator's projection changes the solution.
+            NotSupportedYetError: the costs have no values, because a graph is being recorded.
         """
         if torch.compiler.is_compiling():
             compiled: Tensor = _outside(self, cost)
@@ -90,6 +93,7 @@ class DiscreteLayer(nn.Module):
 
     def _solve(self, cost: Tensor) -> Tensor:
         batch = self.solver.batch_shape(cost)
+        require_values(cost, self.solver.name)
         shape = tuple(cost.shape[len(batch) :])
         if self.check and shape not in self._checked:
             self._check(shape)

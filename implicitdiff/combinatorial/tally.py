@@ -25,7 +25,7 @@ class Diagnostics:
         cost_norm: mean |L w|, with L the linear part of the projection: what of a cost can matter.
         largest_cost_norm: the largest such mean seen.
         zero_gradients: the share of samples whose incoming gradient g is exactly zero.
-        cosine: mean cosine of g and -dl/dw, which is P'(w)^T g for `Identity`, so 1 without a projection; NaN while
+        cosine: mean cosine of g and -dl/dw where neither is zero; -dl/dw is P'(w)^T g for `Identity`. NaN while
             there was no backward pass.
         boundary: the share of entries, in all costs solved so far, that were clamped to the boundary of the domain.
         verdict: "ok", or what is wrong and what helps.
@@ -113,7 +113,7 @@ class Tally:
         cosines = (flat * other).sum(1) / products.where(there, torch.ones_like(products))
         with self._lock:
             self._zero = (sizes == 0).to(g.dtype).mean()
-            self._cosine = cosines.where(there, torch.zeros_like(cosines)).sum() / there.sum().clamp(min=1)
+            self._cosine = cosines.where(there, torch.zeros_like(cosines)).sum() / there.sum()
 
     def diagnostics(self) -> Diagnostics:
         """The record of this moment."""

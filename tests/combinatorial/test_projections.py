@@ -139,3 +139,17 @@ def test_single_precision_and_empty_batches() -> None:
         w = draw(0, 3, 4, 4).float()
         assert P(w).dtype == P.pull(w, w).dtype == torch.float32
         assert P(w[:0]).shape == P.pull(w[:0], w[:0]).shape == (0, 4, 4)
+
+
+def test_a_projection_in_front_of_another_estimator() -> None:
+    solver, w, g = co.Assignment(), draw(1, 2, 3, 4, 4), draw(2, 2, 3, 4, 4)
+    layer = co.DiscreteLayer(solver, co.Blackbox(0.5))
+    x, z = w.clone().requires_grad_(), co.project(solver, w).requires_grad_()
+    layer(co.project(solver, x)).backward(g)
+    layer(z).backward(g)
+    P = resolve("auto", solver)
+    assert z.grad is not None
+    expected = P.pull(w.flatten(0, 1), z.grad.flatten(0, 1)).reshape(w.shape)
+    torch.testing.assert_close(x.grad, expected)
+    with pytest.raises(InputError, match="zero in sample 1 of 2"):
+        co.project(co.TopK(2), torch.tensor([[1.0, 2.0], [3.0, 3.0]]), "std")

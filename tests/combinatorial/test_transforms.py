@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import implicitdiff.combinatorial as co
@@ -239,3 +240,17 @@ def test_compiled_programs_run_the_layer_between_graphs(estimator: str) -> None:
     compiled(x).backward()
     program(z).backward()
     torch.testing.assert_close(x.grad, z.grad)
+
+
+@pytest.mark.parametrize("record", ["make_fx", "export", "meta"])
+def test_graphs_that_would_hold_one_solution_are_refused(record: str) -> None:
+    layer, w = made("assignment", "auto")
+    with pytest.raises(NotSupportedYetError, match="looks at values"):
+        if record == "make_fx":
+            make_fx(layer)(w)
+        elif record == "export":
+            torch.export.export(layer, (w,), strict=False)
+        else:
+            layer(w.to("meta"))
+    with pytest.raises(NotSupportedYetError, match="looks at values"):
+        make_fx(lambda x: co.optimal_value(layer.solver, x))(w)
