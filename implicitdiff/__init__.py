@@ -5,6 +5,9 @@ its solution as a differentiable layer. Every public name is listed here; the wa
 ``problem.py``.
 """
 
+import importlib
+import typing
+
 from implicitdiff import operators, optimizers
 from implicitdiff.diagnostics import check, compare, explain
 from implicitdiff.errors import (
@@ -16,14 +19,17 @@ from implicitdiff.errors import (
     ImplicitDiffWarning,
     InfeasibleError,
     InputError,
+    LossGradientWarning,
     NotOptimalError,
     NotSupportedYetError,
     OptimalityWarning,
     OptionError,
     ProblemDefinitionError,
+    ProjectionError,
     RandomnessError,
     SingularError,
     SolutionError,
+    SolverError,
     StructureError,
     StructureMismatchWarning,
     TraceError,
@@ -34,6 +40,9 @@ from implicitdiff.problem import FixedPoint, Problem, Root, Solution
 from implicitdiff.records import record
 from implicitdiff.status import Status
 from implicitdiff.vjp import derivatives, jacobian
+
+if typing.TYPE_CHECKING:
+    from implicitdiff import combinatorial
 
 __all__ = [
     "CapturedTensorError",
@@ -46,23 +55,27 @@ __all__ = [
     "ImplicitDiffWarning",
     "InfeasibleError",
     "InputError",
+    "LossGradientWarning",
     "NotOptimalError",
     "NotSupportedYetError",
     "OptimalityWarning",
     "OptionError",
     "Problem",
     "ProblemDefinitionError",
+    "ProjectionError",
     "RandomnessError",
     "Root",
     "SingularError",
     "Solution",
     "SolutionError",
+    "SolverError",
     "Status",
     "StructureError",
     "StructureMismatchWarning",
     "TraceError",
     "UnrollError",
     "check",
+    "combinatorial",
     "compare",
     "derivatives",
     "explain",
@@ -72,3 +85,10 @@ __all__ = [
     "record",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """The discrete half is loaded when it is first used: networkx and SciPy's optimisers take half a second."""
+    if name == "combinatorial":
+        return importlib.import_module("implicitdiff.combinatorial")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,6 +79,14 @@ class StaleGraphError(ImplicitDiffError, RuntimeError):
     """A compiled or exported graph outlived what it was made from: the layer is gone, or was changed since."""
 
 
+class SolverError(ImplicitDiffError, RuntimeError):
+    """A discrete solver gave no solution for a sample, or something that is none."""
+
+
+class ProjectionError(ImplicitDiffError, ValueError):
+    """A projection of the costs changes what a discrete solver returns, so its gradient would be wrong."""
+
+
 class ImplicitDiffWarning(UserWarning):
     """The root of every warning the library gives."""
 
@@ -93,3 +101,7 @@ class StructureMismatchWarning(ImplicitDiffWarning):
 
 class FallbackWarning(ImplicitDiffWarning):
     """Something slower but exact is used in place of the structured path."""
+
+
+class LossGradientWarning(ImplicitDiffWarning):
+    """The gradient of a loss does not vanish at its target, so training does not stop there."""

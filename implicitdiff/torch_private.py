@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
@@ -58,11 +59,13 @@ __all__ = [
     "lower_grad_batched",
     "make_fx",
     "nested_forward_mode",
+    "outside_of_graphs",
     "packet_of",
     "pytree",
     "raise_grad_batched",
     "schema_of",
     "sparse_parts",
+    "standard_gamma",
     "storage_key",
     "synchronize",
     "tangent_free",
@@ -169,8 +172,7 @@ def transforms_active() -> bool:
 
 def below_autograd() -> contextlib.AbstractContextManager[Any]:
     """Operators called in the body go past their autograd kernels."""
-    guard: contextlib.AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
-    return guard
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
 
 
 # What is switched on and off where nothing else is going on.
@@ -385,3 +387,13 @@ def _hooks_are_there() -> bool:
     finally:
         autograd._saved_tensors_hooks_enable()
     return False
+
+
+def standard_gamma(shape: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Gamma numbers of scale 1 from a generator, which ``torch.distributions`` does not take."""
+    return torch._standard_gamma(shape, generator=generator)
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, not looked into by torch.compile, which, unlike ``torch.compiler.disable``, it does not import."""
+    return _disable_dynamo(function)  # type: ignore[no-any-return]

@@ -28,9 +28,13 @@ def python_files(*folders: str) -> list[Path]:
 
 
 FILES = python_files(*FOLDERS)
-DOORS = [Path("implicitdiff", "__init__.py"), Path("problems", "__init__.py")]
+DOORS = [
+    Path("implicitdiff", "__init__.py"),
+    Path("implicitdiff", "combinatorial", "__init__.py"),
+    Path("problems", "__init__.py"),
+]
 # The inner modules that users, and therefore the files of problems/, may import from.
-PUBLIC_MODULES = ("errors", "operators", "optimizers", "problems")
+PUBLIC_MODULES = ("combinatorial", "errors", "operators", "optimizers", "problems")
 
 
 def module_name(path: Path) -> str:

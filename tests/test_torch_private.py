@@ -274,6 +274,26 @@ def the_older_vmap_of_is_grads_batched_is_seen() -> None:
     assert torch_private.grad_batched_level() == 0
 
 
+@of("standard_gamma")
+def gamma_numbers_come_from_a_generator() -> None:
+    shape = torch.full((5000,), 3.0)
+    drawn = [torch_private.standard_gamma(shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert abs(float(drawn[0].mean()) - 3.0) < 0.1  # five standard errors are 0.12
+
+
+@of("outside_of_graphs")
+def a_function_stays_outside_of_graphs() -> None:
+    @torch_private.outside_of_graphs
+    def hidden(x: Tensor) -> Tensor:
+        assert not torch.compiler.is_compiling()
+        return x * float(x.sum())
+
+    compiled = torch.compile(lambda x: hidden(x) + 1, backend="eager")
+    assert torch.equal(compiled(floats(1, 2)), floats(4, 7))
+
+
 @of("writes_to")
 def writes_are_counted() -> None:
     x = floats(1, 2)
