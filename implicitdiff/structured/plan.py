@@ -92,7 +92,8 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            found = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
