@@ -47,10 +47,10 @@ class Logistic(idf.Problem):
 
 
 class Rosenbrock(idf.Problem):
-    """minimise over u  sum_i c_i (u_i+1 - u_i^2)^2 + (1 - u_i)^2; a curved valley, a sum of squares."""
+    """minimise over u  sum_i c_i (u_i+1 - u_i^2)^2 + (1 - u_i)^2 + u_last^2 / 5; a curved valley of squares."""
 
     def objective(self, u, c):
-        return (c * (u[1:] - u[:-1] ** 2) ** 2).sum() + ((1 - u[:-1]) ** 2).sum()
+        return (c * (u[1:] - u[:-1] ** 2) ** 2).sum() + ((1 - u[:-1]) ** 2).sum() + 0.2 * u[-1] ** 2
 
     def init(self, c):
         return torch.full((c.shape[0] + 1,), -0.5, dtype=c.dtype, device=c.device)

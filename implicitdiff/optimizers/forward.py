@@ -206,11 +206,11 @@ def _run_optimizer(
     # An optimizer never moves to such a point, so it is the start: f may overflow where its gradient is 0.
     outside = ~outcome.point.finite
     found = replace(found, status=status.masked_fill(outside, int(Status.NONFINITE)))
-    hint = (
-        "the objective, a constraint or a derivative is not finite at the start"
-        if bool(outside.any())
-        else ""
-    )
+    hint = ""
+    if bool(outside.any()):
+        hint = "the objective, a constraint or a derivative is not finite at the start"
+    elif getattr(optimizer, "time_limit", None) is not None:
+        hint = "raise time_limit="
     status = enforce(found, policy, optimizer_name(optimizer), hint)
     return ForwardResult(u, lam, status, outcome.iterations, found.residuals.relative, failed(status))
 

@@ -66,7 +66,7 @@ def squares_of(objective: TracedFunction, variables: int) -> Squares | None:
     Returns:
         Squares, or None where some term of f is anything else.
     """
-    graph = objective.module.graph
+    graph = _merged(objective.module.graph)
     depends = _dependent(graph, variables)
     (output,) = (node for node in graph.nodes if node.op == "output")
     blocks = _blocks(output.args[0], 1.0, (), depends)
@@ -89,6 +89,23 @@ def squares_of(objective: TracedFunction, variables: int) -> Squares | None:
         tuple(block.factor for block in blocks),
         tuple(len(block.weights) for block in blocks),
     )
+
+
+def _merged(graph: Graph) -> Graph:
+    """A copy in which equal expressions are one node: in (a - b) * (a - b) the difference is written twice."""
+    copy = Graph()
+    known: dict[tuple[object, ...], Node] = {}
+    values: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            copy.output(values[node.args[0]])
+            continue
+        arguments = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        key = (node.op, node.target, repr(arguments))  # nodes are shown by their names, which are unique
+        if node.op == "placeholder" or key not in known:
+            known[key] = copy.node_copy(node, values.__getitem__)
+        values[node] = known[key]
+    return copy
 
 
 def _dependent(graph: Graph, variables: int) -> set[Node]:

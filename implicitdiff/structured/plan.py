@@ -119,9 +119,15 @@ class StructuredPlan:
         )
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
-        if bool((self._verdicts(out[-1], batch, u[0].device) != Status.OK).any()):
-            return self.dense.multipliers(u, theta)
-        return self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
+        found = self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
+        bad = self._verdicts(out[-1], batch, u[0].device) != Status.OK
+        if not bool(bad.any()):
+            return found
+        mended = self.dense.multipliers(u, theta)  # for the bad samples: the others keep their bits
+        return tuple(
+            torch.where(bad.reshape(-1, *(1,) * (mine.dim() - 1)), theirs, mine)
+            for mine, theirs in zip(found, mended, strict=True)
+        )
 
     # ---------------------------------------------------------------- the KKT system
 
