@@ -39,8 +39,7 @@ def _dims(case: Solved, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 
 @cases
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("backward", ["auto", "dense"])
+@pytest.mark.parametrize(("batch", "backward"), [(1, "auto"), (3, "auto"), (2, "dense")])
 def test_the_solution_is_newtons(case: Solved, batch: int, backward: str) -> None:
     problem, inputs = case.problem(), case.given(batch=batch)
     options = {"in_dims": case.in_dims, "backward": backward}

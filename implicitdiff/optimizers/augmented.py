@@ -14,6 +14,9 @@ from implicitdiff.optimizers.iterate import Outcome, Point, System, dot, largest
 from implicitdiff.optimizers.lbfgs import LBFGS, past_saddles
 from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_positive, check_whole
 
+# Outer iterations without a smaller residual after which a sample has reached what it can.
+_PATIENCE = 10
+
 
 @dataclass(frozen=True)
 class Penalised(System):
@@ -148,11 +151,15 @@ class AugmentedLagrangian:
         penalty = first if self.penalty is None else torch.full_like(first, self.penalty)
         largest_penalty = 1e12 * penalty
         accuracy = 0.1
+        best, waited = point, torch.zeros_like(iterations)
         for _ in range(self.max_iter):
             point = system.with_linear_part(point, active & (point.residual > tol))
-            active = active & (point.residual > tol) & (penalty < largest_penalty)
-            if not watch.goes_on(point.residual, active):
-                return point, iterations
+            nearer = ~(point.residual >= 0.9 * best.residual)
+            waited = torch.where(nearer, 0, waited + 1)
+            best = point.where(active & ~(point.residual >= best.residual), best)
+            active = active & (point.residual > tol) & (penalty < largest_penalty) & (waited < _PATIENCE)
+            if not watch.goes_on(best.residual, active):
+                return best, iterations
             accuracy = max(0.1 * accuracy, 0.3 * tol)
             penalised = Penalised(
                 system.plan, system.theta, system.variable_shapes, system.constraint_shapes, lam, penalty
@@ -166,13 +173,16 @@ class AugmentedLagrangian:
             # With rho too small the penalised objective may have no minimum; its walk is then forgotten.
             far = (found.residual > goal) & (largest(found.u) > 1e3 * (1 + largest(point.u)))
             taken = active & found.finite & torch.isfinite(lam_found).all(1) & ~far
-            lam = torch.where(taken[:, None], lam_found, lam)
+            # A walk that got stuck far from its goal goes on from there, with the same lam and rho.
+            near = found.residual <= torch.maximum(goal, 0.1 * before.residual)
+            lam = torch.where((taken & near)[:, None], lam_found, lam)
             fresh = system.evaluate(torch.where(taken[:, None], found.u, point.u), lam)
             point, iterations = fresh.where(taken, point), iterations + steps
-            slow = active & (~taken | (largest(h) > 0.25 * violation)) & (point.violation > 0.1 * tol)
-            violation = torch.where(taken, largest(h), violation)
+            slow = near & (largest(h) > 0.25 * violation) & (point.violation > 0.1 * tol)
+            slow = active & (~taken | slow)
+            violation = torch.where(taken & near, largest(h), violation)
             penalty = torch.where(slow, 10 * penalty, penalty)
-        return point, iterations
+        return point.where(active & ~(point.residual >= best.residual), best), iterations
 
 
 def _first_penalty(system: System, point: Point) -> Tensor:

@@ -33,8 +33,11 @@ class SciPy:
     """`scipy.optimize.minimize` per sample.
 
     A walk ends at the first point that the optimality rule accepts, or where the method itself gives up; a method's
-    own tolerances are set far below, so that they do not end it early. Every sample is solved on its own, in a
-    Python loop, so this is for small batches, comparisons and the methods that the library has not.
+    own tolerances are set far below, so that they do not end it early. Most line searches of SciPy read f alone,
+    which is flat to rounding near residuals of sqrt(eps): where one gives up short of the tolerance, raise
+    optimality_tol= or let `Chain((SciPy(...), Newton()))` finish. A start that is stationary is accepted as it is.
+    Every sample is solved on its own, in a Python loop, so this is for small batches, comparisons and the methods
+    that the library has not.
 
     Attributes:
         method: By SciPy's name; None: "BFGS" without constraints, "SLSQP" with. Only "SLSQP" and "trust-constr"
@@ -123,12 +126,18 @@ class SciPy:
                 walk.constraint, 0.0, 0.0, jac=walk.jacobian, hess=walk.constraint_hessian
             )
         try:
-            walk.check(walk.start)
-            found = optimize.minimize(walk.value, walk.start, callback=walk.step, **arguments)
+            begin = walk.start
+            walk.check(begin)
+            while True:
+                before = float(walk.best.residual[0])
+                found = optimize.minimize(walk.value, begin, callback=walk.step, **arguments)
+                walk.offer(found.x)
+                # Near rounding a method may give up because of what it remembers; it starts anew from there.
+                if walk.steps >= self.max_iter or not float(walk.best.residual[0]) < 0.5 * before:
+                    return walk.steps
+                begin = _array(walk.best.u[0])
         except _Finished:
             return walk.steps
-        walk.offer(found.x)
-        return walk.steps
 
 
 # SciPy's own tolerances, by whatever name a method has for them, out of reach.

@@ -77,6 +77,8 @@ class Wolfe:
             inside = _cubic(low, low_value, low_slope, high, high_value, high_slope)
             if trial_number % 3 == 2:  # a bracket that shrinks from one side only is cut in half
                 inside = 0.5 * (low + high)
+            # The edge of the domain of f may be very near: log u with a small u.
+            inside = torch.where(trial.finite, inside, low + 0.1 * (high - low))
             # Without an upper end: where the slope would vanish, if it went on as from 0 to here.
             ahead = low * slope / (slope - low_slope)
             ahead = torch.where(ahead > 0, torch.minimum(torch.maximum(ahead, 2 * low), 10 * low), 10 * low)
