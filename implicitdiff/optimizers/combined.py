@@ -12,6 +12,7 @@ from torch import Tensor
 from implicitdiff.errors import OptionError
 from implicitdiff.optimizers.iterate import Optimizer, Outcome, Point, System, largest
 from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_positive, check_whole
+from implicitdiff.torch_private import HOST
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,11 @@ class MultiStart:
         everyone = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
         watch.goes_on(torch.full_like(start[:, :1].sum(1), torch.inf), everyone)
         best = _settled(system, self.inner.minimize(system, start, tol), tol)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(HOST).manual_seed(self.seed)
         for _ in range(self.starts - 1):
-            noise = torch.randn(start.shape[1], generator=generator, dtype=torch.float64).to(start)
+            noise = torch.randn(start.shape[1], generator=generator, dtype=torch.float64, device=HOST).to(
+                start
+            )
             if not watch.goes_on(best.point.residual, everyone):
                 break
             size = self.spread * (1 + largest(start))

@@ -15,6 +15,7 @@ from torch import Tensor
 from implicitdiff.errors import OptionError
 from implicitdiff.optimizers.iterate import Outcome, Point, System, largest, unpack
 from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_whole
+from implicitdiff.torch_private import HOST
 
 _CONSTRAINED = ("SLSQP", "trust-constr")
 _WITH_HESSIAN = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-exact", "dogleg", "trust-constr")
@@ -165,13 +166,13 @@ class _Walk:
         """`system` and `start` of a batch of one."""
         self.system, self.tol, self.watch, self.steps = system, tol, watch, 0
         self.like = start
-        self.start: Array = start[0].detach().cpu().double().numpy()
+        self.start: Array = _array(start[0])
         self.best = self._point(self.start)
         self._at, self._last = self.start.copy(), self.best
         self._steepest = torch.zeros_like(self.best.value)
 
     def _tensor(self, x: Array) -> Tensor:
-        return torch.as_tensor(np.array(x)).to(self.like)[None]
+        return torch.as_tensor(np.array(x), device=HOST).to(self.like)[None]
 
     def _point(self, x: Array) -> Point:
         u = self._tensor(x)
@@ -240,7 +241,7 @@ class _Walk:
 
 
 def _array(tensor: Tensor) -> Array:
-    found: Array = tensor.detach().cpu().double().numpy().copy()
+    found: Array = tensor.detach().to(HOST, torch.float64).numpy().copy()
     return found
 
 

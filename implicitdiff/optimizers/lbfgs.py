@@ -180,12 +180,13 @@ class LBFGS:
             # Nothing is known about H yet: a step that changes u by its own size at most.
             cautious = torch.minimum(torch.ones_like(size), 0.5 * (1 + largest(point.u)) / size)
             length = torch.where(fresh, cautious, torch.ones_like(size))
-            moved, trial = self.line_search.search(system, point, direction, length, active)
+            moved, trial, endless = self.line_search.search(system, point, direction, length, active)
             memory.push(trial.u - point.u, trial.gradient - point.gradient, moved)
             stuck = active & ~moved
             memory.forget(stuck)
             # The second failure in a row is that of the plain gradient.
             failures = torch.where(stuck, failures + 1 + fresh, torch.where(moved, 0, failures))
+            failures = torch.where(endless, 2, failures)
             point, iterations, first = trial.where(moved, point), iterations + moved, False
             steepest = torch.maximum(steepest, largest(point.gradient))
             gains = (point.residual < 0.9 * best) | (point.value < lowest - 10 * eps * lowest.abs())

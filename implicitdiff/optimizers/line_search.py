@@ -27,7 +27,7 @@ class Wolfe:
 
     def search(
         self, system: System, point: Point, direction: Tensor, length: Tensor, pending: Tensor
-    ) -> tuple[Tensor, Point]:
+    ) -> tuple[Tensor, Point, Tensor]:
         """Find a step for every pending sample.
 
         [low, high] brackets a step with both conditions: at low, f is low enough and falls steeply; at high, f is
@@ -42,8 +42,9 @@ class Wolfe:
             pending: Who searches (B,).
 
         Returns:
-            (moved (B,), point): where no step has both conditions within the trials, the last one with the first
-            condition alone; a sample that has none stays. Cost: one evaluation of f and D_u f per trial.
+            (moved (B,), point, endless (B,)): where no step has both conditions within the trials, the last one with
+            the first condition alone; a sample that has none stays. Endless: f went on falling as far as was tried,
+            so that it has no minimum that way. Cost: one evaluation of f and D_u f per trial.
 
         Reference: Hager and Zhang, SIAM Journal on Optimization 16 (2005), section 4.
         """
@@ -83,7 +84,8 @@ class Wolfe:
             ahead = low * slope / (slope - low_slope)
             ahead = torch.where(ahead > 0, torch.minimum(torch.maximum(ahead, 2 * low), 10 * low), 10 * low)
             length = torch.where(pending, torch.where(torch.isinf(high), ahead, inside), length)
-        return moved, result
+        unbounded = moved & (result.value < -(torch.finfo(slope.dtype).max ** 0.5))
+        return moved, result, unbounded | (moved & pending & torch.isinf(high))
 
 
 def _cubic(

@@ -19,7 +19,6 @@ _MEANS = (_ATEN.mean.default, _ATEN.mean.dim)
 _VIEWS = (
     _ATEN.view.default,
     _ATEN.reshape.default,
-    _ATEN._unsafe_view.default,
     _ATEN.unsqueeze.default,
     _ATEN.squeeze.default,
     _ATEN.squeeze.dim,
