@@ -42,9 +42,14 @@ class Residuals:
         return _relative(self.constraint, self.constraint_scale)
 
     @property
+    def stationarity(self) -> Tensor:
+        """|D_u L|_inf over its scale (B,); 0 where D_u L is exactly 0."""
+        return _relative(self.gradient, self.gradient_scale)
+
+    @property
     def relative(self) -> Tensor:
         """The larger of the two relative residuals (B,): optimal means <= tol."""
-        return torch.maximum(_relative(self.gradient, self.gradient_scale), self.violation)
+        return torch.maximum(self.stationarity, self.violation)
 
     def pick(self, mask: Tensor, other: "Residuals") -> "Residuals":
         """These residuals where the mask (B,) is true, `other` elsewhere."""

@@ -172,7 +172,7 @@ def transforms_active() -> bool:
 
 def below_autograd() -> contextlib.AbstractContextManager[Any]:
     """Operators called in the body go past their autograd kernels."""
-    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 # What is switched on and off where nothing else is going on.
@@ -396,4 +396,4 @@ def standard_gamma(shape: torch.Tensor, generator: torch.Generator | None) -> to
 
 def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, not looked into by torch.compile, which, unlike ``torch.compiler.disable``, it does not import."""
-    return _disable_dynamo(function)  # type: ignore[no-any-return]
+    return _disable_dynamo(function)

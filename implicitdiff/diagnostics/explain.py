@@ -15,6 +15,7 @@ from implicitdiff.diagnostics.held import Planned, plan_of
 from implicitdiff.diagnostics.latex import derivation_in_latex
 from implicitdiff.diagnostics.meter import format_bytes
 from implicitdiff.diagnostics.tables import pairs, require_matplotlib
+from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.structure.report import MatrixReport
 
@@ -54,6 +55,7 @@ class Explanation:
         multipliers: Whether the backward pass needs lam.
         solver: The linear solver chosen.
         rejected: (solver, reason) of each other one that was considered.
+        forward: What solves the problem where no optimizer= is given, and why.
         fallbacks: (operation, line, reason) of each step down to something slower and equally exact.
         flops, bytes, peak: Floating point operations, bytes moved and peak bytes of one backward pass for the
         whole batch,
@@ -77,6 +79,7 @@ class Explanation:
     multipliers: bool
     solver: str
     rejected: tuple[tuple[str, str], ...]
+    forward: str
     fallbacks: tuple[Step, ...]
     flops: int
     bytes: int
@@ -105,7 +108,7 @@ class Explanation:
             lines += [("falls back", _step(step)) for step in self.fallbacks]
         else:
             lines.append(("falls back", "nowhere: every operation is covered"))
-        return [*lines, ("", ""), ("one backward", self._cost())]
+        return [*lines, ("", ""), ("forward", self.forward), ("one backward", self._cost())]
 
     @property
     def _constrained(self) -> bool:
@@ -178,6 +181,7 @@ def explain(problem: Problem, *inputs: Any, in_dims: Any = 0) -> Explanation:
 
 def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Explanation:
     analysis, trace, bound = planned.plan.analysis, planned.plan.trace, planned.bound
+    optimizer, reason = default_optimizer(problem, planned.plan)
     documented = (type(problem).__doc__ or "").strip().splitlines()
     return Explanation(
         problem=type(problem).__name__,
@@ -195,6 +199,7 @@ def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Expl
         multipliers=planned.plan.needs_multipliers,
         solver=analysis.solver,
         rejected=analysis.rejected,
+        forward=f"{optimizer_name(optimizer)}: {reason}",
         fallbacks=tuple(Step(step.operation, step.line, step.reason) for step in analysis.fallbacks),
         flops=cost.flops,
         bytes=cost.bytes,

@@ -55,7 +55,8 @@ class DeclarativeLayer(torch.nn.Module):
             problem: the declaration.
             in_dims: where the batch axis of each input is, as in torch.vmap: an int, None (shared by all samples), or a
                 pytree prefix of the tuple of inputs. None alone: one sample, nothing has a batch axis.
-            optimizer: one of `implicitdiff.optimizers`; None: the problem's own `solve`, else Newton's method.
+            optimizer: one of `implicitdiff.optimizers`; None: the problem's own `solve`, else
+                what `default_optimizer` chooses, which `explain` prints.
             linear_solver: the solver of the backward pass by name; "auto" chooses by structure and cost.
             backward: "auto" (structured), "dense" (the formula literally), "matrix-free" (products only), "unrolled"
                 (differentiate the solver itself), "hand" (the problem's `vjp`), "approximate" (constraints

@@ -19,6 +19,7 @@ from implicitdiff.errors import UnrollError
 from implicitdiff.failures import enforce, validate_policy
 from implicitdiff.layer.prepare import Outputs, Prepared
 from implicitdiff.optimality import check, tolerance
+from implicitdiff.optimizers import Newton
 from implicitdiff.problem import Solution
 from implicitdiff.pytrees import flatten_like
 from implicitdiff.status import Status
@@ -70,7 +71,13 @@ def run_unrolled(prepared: Prepared) -> Outputs:
             )
             + " and there is no init to unroll Newton's method from: declare init, or use backward='auto'"
         ) from reason
-    steps = getattr(prepared.options.optimizer, "max_iter", None) or STEPS
+    optimizer = prepared.options.optimizer
+    if optimizer is not None and not isinstance(optimizer, Newton):
+        raise UnrollError(
+            f"backward='unrolled' knows how to unroll a solve of {name} and Newton's method, not "
+            f"{type(optimizer).__name__}: leave optimizer= out, give Newton(), or use backward='auto'"
+        )
+    steps = STEPS if optimizer is None else optimizer.max_iter
     with without_saved_tensor_hooks():
         u, lam = _newton(prepared, steps)
     return _judged(prepared, u, lam, steps)

@@ -1,9 +1,29 @@
 """The built-in optimizers, for `optimizer=` of the layer: frozen objects that hold options and no state.
 
-A plan with its inputs and a start come in, one point per sample goes out. Next: newton.py, the default, and
-forward.py, which chooses between an optimizer and the problem's own `solve`.
+A plan with its inputs and a start come in, one point per sample goes out. Next: default.py, which chooses one where
+none is asked for, newton.py and lbfgs.py, and forward.py, which runs an optimizer or the problem's own `solve`.
 """
 
+from implicitdiff.optimizers.augmented import AugmentedLagrangian
+from implicitdiff.optimizers.combined import Chain, MultiStart
+from implicitdiff.optimizers.default import default_optimizer
+from implicitdiff.optimizers.from_scipy import SciPy
+from implicitdiff.optimizers.lbfgs import LBFGS
+from implicitdiff.optimizers.least_squares import GaussNewton, LevenbergMarquardt
+from implicitdiff.optimizers.limits import Progress
+from implicitdiff.optimizers.line_search import Wolfe
 from implicitdiff.optimizers.newton import Newton
 
-__all__ = ["Newton"]
+__all__ = [
+    "LBFGS",
+    "AugmentedLagrangian",
+    "Chain",
+    "GaussNewton",
+    "LevenbergMarquardt",
+    "MultiStart",
+    "Newton",
+    "Progress",
+    "SciPy",
+    "Wolfe",
+    "default_optimizer",
+]

@@ -15,9 +15,9 @@ from implicitdiff.errors import OptionError, ProblemDefinitionError
 from implicitdiff.failures import OnFailure, enforce, failed, validate_policy
 from implicitdiff.inputs import Bound
 from implicitdiff.optimality import Check, check, measure, tolerance
+from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.optimizers.hooks import batch_of, initial_leaves, run_solve, takes_start
 from implicitdiff.optimizers.iterate import Optimizer, System, pack
-from implicitdiff.optimizers.newton import Newton
 from implicitdiff.optimizers.returned import Proposal, check_start
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Problem
@@ -62,9 +62,9 @@ def solve_forward(
 ) -> ForwardResult:
     """Solve every sample of a call and check it.
 
-    An optimizer that was asked for is used; else the problem's `solve`, if declared; else `Newton()`. Which
-    samples and tensors are batched is read off the plan's trace, so that a vmapped axis may have been folded
-    into the batch.
+    An optimizer that was asked for is used; else the problem's `solve`, if declared; else that of
+    `default_optimizer`. Which samples and tensors are batched is read off the plan's trace, so that a vmapped
+    axis may have been folded into the batch.
 
     Args:
         problem: The declaration, for its hooks `solve` and `init`.
@@ -101,15 +101,15 @@ def solve_forward(
                 )
             proposal = run_solve(problem, plan, bound, theta, batch, start)
             return _judge_proposal(problem, plan, theta, proposal, allowed, policy)
-        chosen: Optimizer = Newton() if optimizer is None else optimizer
-        if not callable(getattr(chosen, "minimize", None)):
+        chosen = default_optimizer(problem, plan)[0] if optimizer is None else optimizer
+        if chosen is None or not callable(getattr(chosen, "minimize", None)):
             raise OptionError(
                 f"optimizer={chosen!r} is none: choose one of implicitdiff.optimizers, for instance Newton()"
             )
         if start is None:
             if not problem.declares("init"):
                 raise ProblemDefinitionError(
-                    f"{type(problem).__name__} declares no init, so {type(chosen).__name__} has no start: "
+                    f"{type(problem).__name__} declares no init, so {optimizer_name(chosen)} has no start: "
                     "declare init(self, *inputs), or give init= to this call"
                 )
             start = initial_leaves(problem, plan, bound, theta, batch)
@@ -206,12 +206,12 @@ def _run_optimizer(
     # An optimizer never moves to such a point, so it is the start: f may overflow where its gradient is 0.
     outside = ~outcome.point.finite
     found = replace(found, status=status.masked_fill(outside, int(Status.NONFINITE)))
-    hint = (
-        "the objective, a constraint or a derivative is not finite at the start"
-        if bool(outside.any())
-        else ""
-    )
-    status = enforce(found, policy, type(optimizer).__name__, hint)
+    hint = ""
+    if bool(outside.any()):
+        hint = "the objective, a constraint or a derivative is not finite at the start"
+    elif getattr(optimizer, "time_limit", None) is not None:
+        hint = "raise time_limit="
+    status = enforce(found, policy, optimizer_name(optimizer), hint)
     return ForwardResult(u, lam, status, outcome.iterations, found.residuals.relative, failed(status))
 
 

@@ -7,7 +7,7 @@ cannot.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -79,6 +79,16 @@ class Point:
             chosen[field.name] = torch.where(mask.reshape(-1, *([1] * (mine.dim() - 1))), mine, theirs)
         return Point(**chosen)
 
+    @staticmethod
+    def joined(points: Sequence["Point"]) -> "Point":
+        """The points of several batches as one."""
+        return Point(
+            **{
+                field.name: torch.cat([getattr(point, field.name) for point in points])
+                for field in fields(Point)
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -118,6 +128,16 @@ class System:
         """p, the number of constraints of one sample."""
         return sum(math.prod(shape) for shape in self.constraint_shapes)
 
+    def sample(self, index: int) -> "System":
+        """The system of one sample, a batch of one."""
+        trace = self.plan.trace
+        given = (*trace.inputs, *trace.tensors)
+        theta = tuple(
+            tensor[index : index + 1] if placeholder.batched else tensor
+            for tensor, placeholder in zip(self.theta, given, strict=True)
+        )
+        return replace(self, theta=theta)
+
     def leaves(self, u: Tensor, multipliers: Tensor) -> tuple[Leaves, Leaves]:
         """Variables and multipliers as the plan takes them."""
         return unpack(u, self.variable_shapes), unpack(multipliers, self.constraint_shapes)
@@ -141,6 +161,24 @@ class System:
             measured.violation,
             torch.isfinite(everything).all(1),
         )
+
+    def with_linear_part(self, point: Point, wanted: Tensor) -> Point:
+        """The point with H u among the terms that D_u L is held against, in the wanted samples (B,).
+
+        A plan that sees 2 (u - x) as one term gives it no scale; the optimality rule then takes |H u|. Here it comes
+        from a difference of gradients along u, less a tenth for the error of that, so that no H is formed: one pass
+        of D_u L where some sample is wanted, nothing otherwise.
+        """
+        if not bool(wanted.any()):
+            return point
+        step = torch.finfo(point.u.dtype).eps ** (1 / 3)
+        variables, lam = self.leaves(point.u + step * point.u, point.multipliers)
+        ahead = pack(self.plan.stationarity(variables, lam, self.theta).gradient, point.u.shape[0], point.u)
+        size = 0.9 * largest(ahead - point.gradient) / step
+        against = largest(point.gradient) / torch.where(torch.isfinite(size), size, 0)
+        residual = torch.maximum(point.violation, torch.minimum(point.residual, against))
+        lower = wanted & (residual < point.residual)
+        return replace(point, residual=torch.where(lower, residual, point.residual))
 
     def estimate_multipliers(self, u: Tensor) -> Tensor:
         """Least-squares multipliers, A'lambda = D_u f, as (B, p); 0 where they are not finite."""

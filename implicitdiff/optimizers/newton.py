@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from implicitdiff.errors import OptionError
 from implicitdiff.optimizers.iterate import Outcome, Point, System, dot, largest
+from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_positive, check_whole
 from implicitdiff.optimizers.merit import curvature_of, differs, merit_of, slope_along
 from implicitdiff.optimizers.restoration import escape, restore
 from implicitdiff.status import Status
@@ -77,6 +77,8 @@ class Newton:
         decrease: The fraction of the predicted decrease that a step has to reach (Armijo).
         restarts: How often a stopped sample may be moved on by restoration or along negative curvature; 0:
             never.
+        time_limit: Seconds for the whole batch, or None. Samples that are not done then are NOT_CONVERGED.
+        callback: Called with a `Progress` before each iteration, or None.
 
     Cost: per iteration one factorisation of the plan, one pass for f and one for D_u L and h per step length
     tried.
@@ -91,16 +93,14 @@ class Newton:
     max_halvings: int = 40
     decrease: float = 1e-4
     restarts: int = 3
+    time_limit: float | None = None
+    callback: Callback | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_iter", 1), ("extra", 0), ("max_halvings", 0), ("restarts", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise OptionError(f"Newton({name}=...) must be an integer >= {least}, got {value!r}")
-        if self.tol is not None and not self.tol > 0:
-            raise OptionError(f"Newton(tol=...) must be a positive number or None, got {self.tol!r}")
-        if not 0 < self.decrease < 0.5:
-            raise OptionError(f"Newton(decrease=...) must lie between 0 and 0.5, got {self.decrease!r}")
+        for option, least in (("max_iter", 1), ("extra", 0), ("max_halvings", 0), ("restarts", 0)):
+            check_whole("Newton", option, getattr(self, option), least)
+        check_limits("Newton", self.tol, self.time_limit, self.callback)
+        check_positive("Newton", "decrease", self.decrease, "a number between 0 and 0.5", 0.5)
 
     def minimize(self, system: System, start: Tensor, tol: float) -> Outcome:
         """Walk from `start` (B, m) until every sample is optimal, stuck, or out of iterations.
@@ -114,12 +114,13 @@ class Newton:
             Outcome. It makes no judgement: the caller holds the points against the optimality rule.
         """
         tol = tol if self.tol is None else self.tol
+        watch = Watch(self.time_limit, self.callback)
         point = system.evaluate(start, system.estimate_multipliers(start))
         iterations = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
         active = point.finite
         for restart in range(self.restarts + 1):
-            point, iterations = self._descend(system, point, iterations, active, tol)
-            if restart == self.restarts:
+            point, iterations = self._descend(system, point, iterations, active, tol, watch)
+            if restart == self.restarts or watch.over():
                 break
             left = point.finite & (iterations < self.max_iter)
             point, restored = restore(
@@ -132,7 +133,7 @@ class Newton:
         return Outcome(point, iterations)
 
     def _descend(
-        self, system: System, point: Point, iterations: Tensor, active: Tensor, tol: float
+        self, system: System, point: Point, iterations: Tensor, active: Tensor, tol: float, watch: Watch
     ) -> tuple[Point, Tensor]:
         walk = _Walk.begin(point, iterations)
         floor = 4 * torch.finfo(point.u.dtype).eps
@@ -142,7 +143,7 @@ class Newton:
             # Ten steps that brought the constraints no nearer: restoration finds out whether they can be met
             # at all.
             active = active & (iterations < self.max_iter) & (walk.failures < 3) & (walk.idle < 10)
-            if not bool(active.any()):
+            if not watch.goes_on(point.residual, active):
                 return point, iterations
             direction, walk = self._direction(system, point, walk, active & ~done, active & done)
             moved, trial = self._search(system, point, direction, walk, active & ~done, active & done)

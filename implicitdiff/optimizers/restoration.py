@@ -122,6 +122,13 @@ def escape(system: System, point: Point, wanted: Tensor, tol: float) -> tuple[Po
     return point, moved
 
 
+def escape_small(system: System, point: Point, wanted: Tensor, tol: float) -> tuple[Point, Tensor]:
+    """`escape` up to 512 variables; beyond, nothing moves and no H is formed (some plans have it only dense)."""
+    if point.u.shape[1] > _HESSIAN_LIMIT:
+        return point, torch.zeros_like(wanted)
+    return escape(system, point, wanted, tol)
+
+
 def negative_curvature(system: System, point: Point, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The most negative curvature of L on the tangent space of the constraints.
 

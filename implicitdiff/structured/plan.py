@@ -122,7 +122,8 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            found = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
@@ -148,9 +149,15 @@ class StructuredPlan:
         )
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
-        if bool((self._verdicts(out[-1], batch, u[0].device) != Status.OK).any()):
-            return self.dense.multipliers(u, theta)
-        return self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
+        found = self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
+        bad = self._verdicts(out[-1], batch, u[0].device) != Status.OK
+        if not bool(bad.any()):
+            return found
+        mended = self.dense.multipliers(u, theta)  # for the bad samples: the others keep their bits
+        return tuple(
+            torch.where(bad.reshape(-1, *(1,) * (mine.dim() - 1)), theirs, mine)
+            for mine, theirs in zip(found, mended, strict=True)
+        )
 
     # ---------------------------------------------------------------- the KKT system
 

@@ -1,0 +1,57 @@
+"""Which optimizer solves a problem where none was asked for, and why.
+
+A problem and its plan come in; an optimizer and a reason go out. Next: forward.py, which runs it, and `explain`,
+which prints the reason.
+"""
+
+import math
+
+from implicitdiff.optimizers.combined import Chain
+from implicitdiff.optimizers.iterate import Optimizer
+from implicitdiff.optimizers.lbfgs import LBFGS
+from implicitdiff.optimizers.newton import Newton
+from implicitdiff.plan import Plan
+from implicitdiff.problem import Problem
+
+MANY_VARIABLES = 1000
+"""Where 25 to 40 gradients begin to cost less than five dense factorisations: measured with batch 1 and 8, one thread,
+logistic regression and two problems without structure; below, Newton's method is up to three times faster."""
+
+_CUBIC = ("cholesky", "lu", "ldl", "minres")
+
+
+def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, str]:
+    """The optimizer of a layer with optimizer=None; a statement about sizes and structure, not about values.
+
+    Args:
+        problem: The declaration.
+        plan: Its plan.
+
+    Returns:
+        (optimizer, reason). None: the problem's own `solve` is called. Newton's method wherever its step is cheap:
+        few variables, structure, or constraints, whose KKT system the plan can solve; beyond, L-BFGS, and Newton's
+        method from where that stops, for the last digits and for what L-BFGS could not solve.
+    """
+    if problem.declares("solve"):
+        return None, f"{type(problem).__name__} declares its own"
+    m = sum(math.prod(variable.shape) for variable in plan.trace.variables)
+    if m <= MANY_VARIABLES:
+        size = "1 variable" if m == 1 else f"{m} variables"
+        return Newton(), f"few steps, and a factorisation for {size} is cheap"
+    if plan.trace.equality is not None:
+        return Newton(), "few steps, each by the KKT solve of the backward pass"
+    if plan.analysis.solver not in _CUBIC:
+        return Newton(), f"few steps, and the structure of H makes them cheap ({plan.analysis.solver})"
+    return (
+        Chain((LBFGS(), Newton(extra=1))),
+        f"without structure a factorisation for {m} variables costs more than many gradients",
+    )
+
+
+def optimizer_name(optimizer: Optimizer | None) -> str:
+    """As a report prints it: "solve", "Newton", "LBFGS, then Newton"."""
+    if optimizer is None:
+        return "solve"
+    if isinstance(optimizer, Chain):
+        return ", then ".join(optimizer_name(stage) for stage in optimizer.stages)
+    return type(optimizer).__name__
