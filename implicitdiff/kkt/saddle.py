@@ -116,7 +116,8 @@ def squared_distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def _pieces(tensor: Tensor, dim: int) -> int:
-    return max(1, min(tensor.shape[dim], tensor.numel() * tensor.element_size() // BLOCK_BYTES))
+    # at least 16 rows a piece, so that adding the pieces up costs little beside making them
+    return max(1, min(tensor.shape[dim] // 16, tensor.numel() * tensor.element_size() // BLOCK_BYTES))
 
 
 def _added(parts: list[Tensor]) -> Tensor:
