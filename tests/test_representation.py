@@ -8,7 +8,8 @@ import torch
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calculus import adjoints, partial, tangent
-from implicitdiff.graph.emit import Emitter, Output
+from implicitdiff.graph.calls import Output
+from implicitdiff.graph.emit import Emitter
 from implicitdiff.graph.ir import BATCHED, UNBATCHED, Ref, Unsupported
 from implicitdiff.graph.maps import Place, pad, selection, shift
 

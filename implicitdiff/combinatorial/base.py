@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicitdiff.combinatorial.checks import check_domain, check_finite, check_solution
 from implicitdiff.errors import InputError, OptionError
+from implicitdiff.torch_private import HOST
 
 Sense: TypeAlias = Literal["min", "max"]
 Domain: TypeAlias = Literal["any", "nonnegative", "no_negative_cycle"]
@@ -155,12 +156,12 @@ def orthonormal_rows(rows: np.ndarray) -> np.ndarray:
 
 
 class NumpySolver(Solver):
-    """A solver on the CPU in double precision: costs are copied there and solutions back."""
+    """A solver on the host in double precision: costs are copied there and solutions back."""
 
     def solve(self, costs: Tensor) -> Tensor:
         """Copy, solve, copy back."""
-        array = costs.detach().to("cpu", torch.float64).numpy()
-        return torch.as_tensor(self.solve_numpy(array)).to(costs)
+        array = costs.detach().to(HOST, torch.float64).numpy()
+        return torch.as_tensor(self.solve_numpy(array), device=HOST).to(costs)
 
     @abstractmethod
     def solve_numpy(self, costs: np.ndarray) -> np.ndarray:

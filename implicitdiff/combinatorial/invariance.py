@@ -16,7 +16,7 @@ from torch import Tensor
 from implicitdiff.combinatorial.base import Shape, Solver
 from implicitdiff.combinatorial.projections import Projection, resolve
 from implicitdiff.errors import InputError, ProjectionError
-from implicitdiff.torch_private import is_wrapped
+from implicitdiff.torch_private import HOST, is_wrapped
 
 SAMPLES = 32
 PROOF_TOLERANCE = 1e-8
@@ -99,7 +99,7 @@ def check_invariance(
         return known
     drawn = random_costs(solver, shape, samples, seed)
     if costs is not None:
-        drawn = torch.cat((costs.to("cpu", torch.float64), drawn))
+        drawn = torch.cat((costs.to(HOST, torch.float64), drawn))
     _test(solver, bound, drawn)
     return Invariance(False, f"tested on {len(drawn)} costs")
 

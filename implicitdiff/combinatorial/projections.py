@@ -16,7 +16,7 @@ from torch import Tensor
 from implicitdiff.combinatorial.base import Sense, Solver
 from implicitdiff.combinatorial.checks import name_samples
 from implicitdiff.errors import InputError, OptionError
-from implicitdiff.torch_private import without_saved_tensor_hooks
+from implicitdiff.torch_private import HOST, without_saved_tensor_hooks
 
 NAMES = ("none", "mean", "norm", "std", "affine", "auto")
 
@@ -92,7 +92,7 @@ class Plane(Projection):
     """
 
     def __init__(self, a: Tensor | Sequence[float]) -> None:
-        normal = torch.as_tensor(a, dtype=torch.float64)
+        normal = torch.as_tensor(a, dtype=torch.float64, device=HOST)
         size = torch.linalg.vector_norm(normal)
         if not torch.isfinite(size) or size == 0:
             raise InputError("the normal of Plane is zero or not finite")

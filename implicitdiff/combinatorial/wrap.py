@@ -15,6 +15,7 @@ from torch import Tensor
 
 from implicitdiff.combinatorial.base import Domain, Sense, Shape, Solver
 from implicitdiff.errors import ImplicitDiffError, InputError, OptionError, SolverError
+from implicitdiff.torch_private import HOST
 
 BatchFunction: TypeAlias = Callable[[Tensor], Any]
 
@@ -47,7 +48,7 @@ class FunctionSolver(Solver):
             raise SolverError(
                 f"{self.name} returned None instead of solutions for {tuple(costs.shape)} costs"
             )
-        return torch.as_tensor(found).detach().to(costs)
+        return torch.as_tensor(found, device=costs.device).detach().to(costs)
 
     def equalities(self, shape: Shape) -> np.ndarray | None:
         """As declared, each row over the flattened cost."""
@@ -101,7 +102,7 @@ class Batched:
 
     def __call__(self, costs: Tensor) -> Tensor:
         """Costs (B, *shape) to solutions, one call of the function for each; order is kept."""
-        instances = list(costs.detach().cpu().numpy())
+        instances = list(costs.detach().to(HOST).numpy())
         found = []
         results = self._results(instances)
         for index, cost in enumerate(instances):
@@ -121,7 +122,7 @@ class Batched:
                     f"{self.__name__} returned shape {array.shape} for sample {index}, whose cost has {cost.shape}"
                 )
             found.append(array)
-        return torch.as_tensor(np.stack(found)).to(costs)
+        return torch.as_tensor(np.stack(found), device=HOST).to(costs)
 
     def _results(self, instances: list[np.ndarray]) -> Iterator[Any]:
         if self.executor is None:

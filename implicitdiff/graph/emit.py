@@ -7,11 +7,12 @@ leaves and single uses are written inline; a buffer is deleted after its last us
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from implicitdiff.graph.build import Builder
+from implicitdiff.graph.calls import Emitted, Output
 from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
@@ -31,25 +32,6 @@ from implicitdiff.graph.tidy import tidied
 
 KEEPS_BATCH = re.compile(r"\{0\}(\.solve\(|\[|\.unflatten|\.flatten)|saddle\.beside")
 """Calls whose result has the batch where an argument has it."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """A result: its ref, the order of its axes, how many leading axes it has at least (-1: a Python object)."""
-
-    name: str
-    ref: Ref
-    order: tuple[Label, ...]
-    prefix: int = 1
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """A function as text, and compiled."""
-
-    source: str
-    call: Callable[..., Any] = field(repr=False)
-    results: tuple[str, ...] = ()
 
 
 @dataclass
@@ -412,29 +394,3 @@ def _forward(spec: Sequence[Any]) -> tuple[int, int, int]:
 
 def _flipped(dims: Sequence[int]) -> str:
     return f".flip({', '.join(map(str, dims))})" if dims else ""
-
-
-def call(
-    build: Builder,
-    template: str,
-    args: Sequence[tuple[Ref, Sequence[Label], int]],
-    out: Sequence[Label],
-    prefix: int,
-    name: str | None = None,
-) -> Ref:
-    """A node that prints as `template`: {k} is argument k with the given axes and at least the given prefix.
-
-    Prefix -1 passes a Python object (a factorisation) on as it is.
-    """
-    bound = list(dict.fromkeys(k for _, order, _ in args for k in order if k not in out))
-    own = [*out, *bound]
-    orders = tuple((tuple(own.index(k) for k in order), least) for _, order, least in args)
-    return build.make(
-        "call",
-        (template, orders, name),
-        [ref for ref, _, _ in args],
-        out,
-        bound,
-        prefix=prefix,
-        leaves=frozenset(),
-    )

@@ -13,7 +13,7 @@ import torch
 
 from implicitdiff import operators
 from implicitdiff.graph.build import Builder
-from implicitdiff.graph.emit import call
+from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, UNBATCHED, Label, Ref, Unsupported
 from implicitdiff.graph.maps import shift
 from implicitdiff.structure.forms import Band, Entry, Form, LowRankTerm, Space

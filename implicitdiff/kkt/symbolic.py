@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from implicitdiff.derivatives.declared import Declared
-from implicitdiff.graph.emit import call
+from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.formula import Steps, range_space

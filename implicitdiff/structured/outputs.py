@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from implicitdiff.derivatives.declared import Declared
-from implicitdiff.graph.emit import Output, call
+from implicitdiff.graph.calls import Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix

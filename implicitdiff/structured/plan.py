@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,36 +32,10 @@ from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
 from implicitdiff.structured.outputs import Recipes, Way
 from implicitdiff.structured.report import report
+from implicitdiff.structured.run import Run
 from implicitdiff.structured.writer import Writer, Written
 
 assert rules.__all__  # importing the package is what registers the translation rules
-
-
-@dataclass(frozen=True)
-class _Run:
-    """An emitted backward pass, ready to be called.
-
-    Attributes:
-        function: the emitted function.
-        sources: where each of its arguments is found: a group (u, lam, theta, v_u, v_lam) and a place in it.
-        places: for each theta its place among the results; -1 where the gradient is zero, None where not wanted.
-    """
-
-    function: Written
-    sources: tuple[tuple[int, int], ...]
-    places: tuple[int | None, ...]
-
-    def call(self, given: tuple[Leaves, ...]) -> tuple[Any, ...]:
-        """The results for the leaves of a call."""
-        out: tuple[Any, ...] = self.function.emitted.call(*[given[g][k] for g, k in self.sources])
-        return out
-
-    def gradients(self, out: Sequence[Any], theta: Leaves) -> tuple[Tensor | None, ...]:
-        """One gradient per theta that wants one."""
-        return tuple(
-            None if place is None else _fitted(out[place], t) if place >= 0 else torch.zeros_like(t)
-            for place, t in zip(self.places, theta, strict=True)
-        )
 
 
 class StructuredPlan:
@@ -113,7 +86,7 @@ class StructuredPlan:
             declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
         )
         self._contradiction: bool | None = None
-        self._runs: dict[tuple[Way, tuple[bool, ...], bool], _Run] = {}
+        self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
 
     # ---------------------------------------------------------------- the point
 
@@ -289,15 +262,15 @@ class StructuredPlan:
                 return None
             status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             way = self._next(way, function, out, status)
-        return _Run(function, (), places).gradients(out, theta), status
+        return Run(function, (), places).gradients(out, theta), status
 
-    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> _Run:
+    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> Run:
         """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
         found = self._runs.get((way, needs, with_lam))
         if found is None:
             function, places = self._placed(way, needs, with_lam, given=False)
             sources = self.arguments.sources("v", "v_lam")
-            found = _Run(function, tuple(sources[name] for name in function.arguments), places)
+            found = Run(function, tuple(sources[name] for name in function.arguments), places)
             self._runs[way, needs, with_lam] = found
         return found
 
@@ -398,10 +371,3 @@ class StructuredPlan:
 def _off_zero(u: Leaves) -> Leaves:
     """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
     return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)
-
-
-def _fitted(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient in the shape and dtype of its tensor."""
-    if gradient.shape != like.shape:
-        gradient = gradient.reshape(like.shape)
-    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from implicitdiff import operators, solvers
-from implicitdiff.graph.emit import Emitted, Emitter, Output
+from implicitdiff.graph.calls import Emitted, Output
+from implicitdiff.graph.emit import Emitter
 from implicitdiff.graph.ir import Node, Ref, reachable
 from implicitdiff.graph.record import LOCK
 from implicitdiff.kkt import saddle

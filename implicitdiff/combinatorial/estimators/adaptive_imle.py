@@ -19,6 +19,7 @@ from implicitdiff.combinatorial.estimators.imle import (
 )
 from implicitdiff.combinatorial.noise import Noise
 from implicitdiff.errors import OptionError
+from implicitdiff.torch_private import HOST
 
 
 class AdaptiveIMLE(Estimator, nn.Module):
@@ -67,8 +68,8 @@ class AdaptiveIMLE(Estimator, nn.Module):
         self.eta = eta
         self.momentum = momentum
         self.central = central
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64))
-        self.register_buffer("sparsity", torch.tensor(target, dtype=torch.float64))
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=HOST))
+        self.register_buffer("sparsity", torch.tensor(target, dtype=torch.float64, device=HOST))
 
     def forward(self, run: Pass, w: Tensor) -> tuple[Tensor, ...]:
         """(mean, e, samples); an estimator is called by the layer, not like a module."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicitdiff.combinatorial.base import Sense, Shape, Solver
 from implicitdiff.errors import InputError
+from implicitdiff.torch_private import HOST
 
 
 class EnumeratedSolver(Solver):
@@ -24,7 +25,7 @@ class EnumeratedSolver(Solver):
     """
 
     def __init__(self, solutions: Tensor | np.ndarray, *, sense: Sense = "min") -> None:
-        listed = torch.as_tensor(solutions)
+        listed = torch.as_tensor(solutions, device=HOST)
         if listed.dim() < 2 or len(listed) == 0:
             raise InputError(f"solutions have shape {tuple(listed.shape)}, expected (K, *shape) with K >= 1")
         self.solutions = listed.detach().to(torch.float64)
