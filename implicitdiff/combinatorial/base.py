@@ -62,7 +62,8 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, costs: Tensor) -> Tensor:
-        """The minimisers: costs (B, *shape) without history, B >= 1, to y (B, *shape) of the same dtype and device.
+        """The minimisers: costs (B, *shape) without history, B >= 1, to y (B, *shape) of the same dtype and device, in
+        a tensor of its own.
 
         Raises:
             InfeasibleError: some sample has no solution; the message gives its index.

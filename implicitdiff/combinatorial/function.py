@@ -12,12 +12,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass
+from implicitdiff.combinatorial.estimator import Estimator, Pass
 from implicitdiff.errors import NotSupportedYetError
 from implicitdiff.torch_private import (
     grad_batched_level,
     is_grad_batched,
-    is_view,
     is_wrapped,
     lower_grad_batched,
     nested_forward_mode,
@@ -48,7 +47,7 @@ class DiscreteFunction(torch.autograd.Function):
         if len(w) == 0:
             return (torch.zeros_like(w),)
         y, *saved = estimator.forward(run, w)
-        return (y.clone() if y is w or is_view(y) else y, *saved)
+        return (y.clone() if y is w else y, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from implicitdiff.combinatorial.base import Shape, Solver
 from implicitdiff.combinatorial.checks import require_values
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass
+from implicitdiff.combinatorial.estimator import Estimator, Pass
 from implicitdiff.combinatorial.function import DiscreteFunction
 from implicitdiff.combinatorial.invariance import check_invariance, proof
 from implicitdiff.combinatorial.oracle import Oracle, Policy

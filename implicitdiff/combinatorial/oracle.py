@@ -1,7 +1,7 @@
 """A solver as the estimators call it: always a minimisation, with the domain enforced and the calls counted.
 
 In: plain costs (B, *shape), perturbed or not. Out: solutions, of which some rows may be known already. Next file to
-read: ``estimators/base.py``.
+read: ``estimator.py``.
 """
 
 from __future__ import annotations

@@ -43,12 +43,13 @@ class FunctionSolver(Solver):
 
     def solve(self, costs: Tensor) -> Tensor:
         """Call the function with costs in its own sense."""
-        found = self.function(costs if self.sense == "min" else -costs)
+        # Copies in and out: a function may work in place, and keep what it returns.
+        found = self.function(costs.clone() if self.sense == "min" else -costs)
         if found is None:
             raise SolverError(
                 f"{self.name} returned None instead of solutions for {tuple(costs.shape)} costs"
             )
-        return torch.as_tensor(found, device=costs.device).detach().to(costs)
+        return torch.as_tensor(found, device=costs.device).detach().to(costs, copy=True)
 
     def equalities(self, shape: Shape) -> np.ndarray | None:
         """As declared, each row over the flattened cost."""

@@ -106,3 +106,21 @@ def test_solutions_may_be_arrays_of_another_dtype() -> None:
     y = co.solver(chosen, cost_shape=(3,))(torch.tensor([[1.0, -1.0, 0.0]]))
     assert y.dtype == torch.float32
     assert y.tolist() == [[0, 1, 0]]
+
+
+@pytest.mark.parametrize("sense", ["min", "max"])
+def test_functions_may_work_in_place_and_return_what_they_keep(sense: str) -> None:
+    kept = torch.eye(3, dtype=torch.float64)
+
+    def careless(costs: torch.Tensor) -> torch.Tensor:
+        costs.zero_()
+        return kept
+
+    layer = co.DiscreteLayer(co.solver(careless, cost_shape=(3,), sense=sense), co.Identity("none"))  # type: ignore[arg-type]
+    w = draw(0, 3, 3).requires_grad_()
+    before = w.detach().clone()
+    y = layer(w)
+    y.detach().mul_(7)
+    assert torch.equal(w.detach(), before)
+    assert torch.equal(kept, torch.eye(3, dtype=torch.float64))
+    assert not kept.requires_grad

@@ -1,10 +1,10 @@
 """Estimators: replacements for the derivative of a discrete solver, and losses whose gradient is exact.
 
-In: costs and cotangents. Out: gradients. Any estimator works with any solver. Start reading at ``base.py``.
+In: costs and cotangents. Out: gradients. Any estimator works with any solver. Start reading at ``../estimator.py``.
 """
 
+from implicitdiff.combinatorial.estimator import Estimator
 from implicitdiff.combinatorial.estimators.adaptive_imle import AdaptiveIMLE
-from implicitdiff.combinatorial.estimators.base import Estimator
 from implicitdiff.combinatorial.estimators.blackbox import Blackbox
 from implicitdiff.combinatorial.estimators.fenchel_young import FenchelYoungLoss
 from implicitdiff.combinatorial.estimators.identity import Identity

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved, per_sample
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved, per_sample
 from implicitdiff.combinatorial.estimators.blackbox import positive
 from implicitdiff.combinatorial.estimators.imle import (
     check_samples,

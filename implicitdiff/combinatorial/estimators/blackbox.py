@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved
 from implicitdiff.errors import OptionError
 
 

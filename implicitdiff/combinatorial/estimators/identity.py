@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from implicitdiff.combinatorial.base import Solver
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved
 from implicitdiff.combinatorial.noise import Noise
 from implicitdiff.combinatorial.projections import Projection, resolve
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved
 from implicitdiff.combinatorial.estimators.blackbox import positive
 from implicitdiff.combinatorial.noise import Noise
 from implicitdiff.errors import OptionError

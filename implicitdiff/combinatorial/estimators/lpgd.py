@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from implicitdiff.combinatorial.checks import name_samples
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved
 from implicitdiff.combinatorial.estimators.blackbox import positive
 from implicitdiff.errors import OptionError
 

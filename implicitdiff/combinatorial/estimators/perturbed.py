@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.combinatorial.checks import name_samples
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved
 from implicitdiff.combinatorial.estimators.blackbox import positive
 from implicitdiff.combinatorial.estimators.imle import check_samples, repeated
 from implicitdiff.combinatorial.noise import gumbel, normal

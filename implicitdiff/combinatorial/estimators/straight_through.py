@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitdiff.combinatorial.estimators.base import Estimator, Pass, Saved, per_sample
+from implicitdiff.combinatorial.estimator import Estimator, Pass, Saved, per_sample
 from implicitdiff.combinatorial.estimators.blackbox import positive
 from implicitdiff.combinatorial.noise import Noise
 

@@ -69,7 +69,7 @@ class GridShortestPath(NumpySolver):
         """A step into a cell costs what the cell costs; the first cell is paid by all paths."""
         arcs = self._arcs
         flat = costs.reshape(len(costs), -1)
-        weights = flat[:, arcs.head if self.by_cell else arcs.order]
+        weights = flat.take(arcs.head if self.by_cell else arcs.order, axis=1)
         y = np.zeros(flat.shape)
         for first, found in predecessors(arcs, weights, self.source, self.name):
             for samples, before, node in walk(found, self.source, self.target, self.name):

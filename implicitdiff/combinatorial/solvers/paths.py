@@ -14,8 +14,8 @@ from scipy.sparse.csgraph import dijkstra
 
 from implicitdiff.errors import InputError, SolverError
 
-# Nodes of the graphs that are searched together: more costs more cache misses than calls saved.
-NODES_TOGETHER = 10000
+# Nodes of the graphs that are searched together, to bound memory; the calls saved weigh more than cache misses.
+NODES_TOGETHER = 40000
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ class ShortestPath(NumpySolver):
     def solve_numpy(self, costs: np.ndarray) -> np.ndarray:
         """All samples of a batch in a few searches."""
         y = np.zeros(costs.shape)
-        weights = costs[:, self._arcs.order % self.graph.size]
+        weights = costs.take(self._arcs.order % self.graph.size, axis=1)
         for first, found in predecessors(self._arcs, weights, self.source, self.name):
             for samples, before, node in walk(found, self.source, self.target, self.name):
                 y[first + samples, self._arcs.between(before, node) % self.graph.size] = 1
