@@ -60,6 +60,13 @@ class Plan(Protocol):
     def value(self, u: Leaves, theta: Leaves) -> Tensor:
         """The objective of each sample, (B,)."""
 
+    def value_and_gradient(self, u: Leaves, theta: Leaves, lam: Leaves = (),
+                           penalty: Tensor | None = None) -> tuple[Tensor, Leaves]:  # fmt: skip
+        """f - lam'h + penalty |h|^2 / 2 (f alone without lam) and its gradient in u: what a walk downhill asks most.
+
+        By automatic differentiation on every plan: without the scales that `stationarity` adds it is the cheapest.
+        """
+
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h, with the scales they are measured against."""
 

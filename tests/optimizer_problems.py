@@ -3,6 +3,7 @@
 The sizes of batch, variables and data all differ; the Hessians are dense and not constant.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ class Wells(idf.Problem):
         return -0.9 * torch.sign(s)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solved:
     """An optimizer, a problem that it is for, and inputs of it."""
 
@@ -102,6 +103,11 @@ class Solved:
 
     def __str__(self) -> str:
         return self.name
+
+    @functools.cached_property
+    def known(self) -> idf.Problem:
+        """One instance in float64, so that it is traced once."""
+        return self.problem()
 
     def given(self, dtype: torch.dtype = DOUBLE, batch: int = 3) -> tuple[Tensor, ...]:
         return tuple(value.to(dtype) for value in self.inputs(batch))

@@ -187,6 +187,24 @@ class PlanDouble:
     def value(self, u: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
         return torch.stack([self._at(z, t).f for z, t in self._each(u, theta)])
 
+    def value_and_gradient(
+        self,
+        u: Sequence[Tensor],
+        theta: Sequence[Tensor],
+        lam: Sequence[Tensor] = (),
+        penalty: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        values, gradients = [], []
+        for index, (z, t) in enumerate(self._each(u, theta)):
+            nu, at = self._multipliers(lam, index, z), self._at(z, t)
+            value, pull = at.f, nu
+            if penalty is not None:
+                value = value - nu @ at.h + 0.5 * penalty[index] * at.h @ at.h
+                pull = nu - penalty[index] * at.h
+            values.append(value)
+            gradients.append(at.slope - at.jacobian.mT @ pull)
+        return torch.stack(values), self._leaves(gradients, self.variable_shapes)
+
     def stationarity(
         self, u: Sequence[Tensor], lam: Sequence[Tensor], theta: Sequence[Tensor]
     ) -> StationarityDouble:

@@ -145,6 +145,12 @@ def test_the_penalised_gradient_is_that_of_the_penalised_value() -> None:
     value = system.evaluate(u, lam).value - (lam * h).sum(1) + 0.5 * penalty * h.square().sum(1)
     torch.testing.assert_close(at.value, value)
     assert penalised.constraints == 0
+    for mine in (penalised, system):  # one reverse pass of the trial points, against the emitted code
+        point = mine.evaluate(u, lam[:, :0] if mine is penalised else torch.zeros_like(lam))
+        trial = mine.trial(u, point)
+        torch.testing.assert_close(trial.value, point.value)
+        torch.testing.assert_close(trial.gradient, point.gradient)
+        torch.testing.assert_close(trial.residual, point.residual)
 
 
 def test_each_sample_has_its_own_end() -> None:

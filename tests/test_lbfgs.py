@@ -179,6 +179,24 @@ def test_a_sample_does_not_feel_that_another_has_no_curvature() -> None:
     assert torch.equal(alone.point.u[0], together.point.u[0])
 
 
+def test_a_nan_does_not_move_the_zeros_of_others() -> None:
+    """Where f is not finite it is asked again with the zeros of u moved off the edge: for that sample alone."""
+
+    class Roots(idf.Problem):
+        def objective(self, u: Tensor, x: Tensor) -> Tensor:
+            return 1e300 * u.sqrt().sum() - (x * u).sum()
+
+        def init(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    x, zeros = normal(2, 3), torch.zeros(2, 3, dtype=DOUBLE)
+    plan = system_of(Roots(), x).plan
+    assert plan.value((zeros + torch.finfo(DOUBLE).tiny,), (x,))[0] > 0, "the move cannot be seen"
+    hurt = zeros.clone()
+    hurt[1] = torch.nan
+    assert plan.value((hurt,), (x,))[0] == 0
+
+
 def test_no_matrix_is_formed_on_a_large_problem() -> None:
     a, b = normal(1, 3, 2000) / 10, normal(1, 3, seed=1).sign()
     searched = system_of(Logistic(), a, b)

@@ -53,6 +53,21 @@ class AutodiffPlan:
         """f, (B,)."""
         return self.lagrangian.objective(u, theta)
 
+    def value_and_gradient(
+        self, u: Leaves, theta: Leaves, lam: Leaves = (), penalty: Tensor | None = None
+    ) -> tuple[Tensor, Leaves]:
+        """f - lam'h + penalty |h|^2 / 2, (B,), with penalty (B,), and its gradient in u: one reverse pass."""
+
+        def total(*v: Tensor) -> tuple[Tensor, Tensor]:
+            value = self.lagrangian.objective(v, theta)
+            if penalty is not None:
+                h = flat.join(self.lagrangian.constraints(v, theta), 1)
+                value = value - (flat.join(lam, 1) * h).sum(1) + 0.5 * penalty * (h * h).sum(1)
+            return value.sum(), value
+
+        gradient, value = torch.func.grad(total, argnums=tuple(range(len(u))), has_aux=True)(*u)
+        return value, gradient
+
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h with their scales.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicitdiff.errors import OptionError
 from implicitdiff.optimality import residuals_at
-from implicitdiff.optimizers.iterate import Outcome, Point, System, dot, largest, pack
+from implicitdiff.optimizers.iterate import Leaves, Outcome, Point, System, dot, largest, pack
 from implicitdiff.optimizers.lbfgs import LBFGS, past_saddles
 from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_positive, check_whole
 
@@ -62,6 +62,11 @@ class Penalised(System):
             torch.zeros_like(value),
             torch.isfinite(everything).all(1),
         )
+
+    def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Leaves]:
+        """The penalised objective (B,) and the leaves of its gradient: one reverse pass."""
+        variables, lam = self.leaves(u, self.lam)
+        return self.plan.value_and_gradient(variables, self.theta, lam, self.penalty)
 
     def with_linear_part(self, point: Point, wanted: Tensor) -> Point:
         """See `System.with_linear_part`; H is that of the Lagrangian, without rho A'A."""

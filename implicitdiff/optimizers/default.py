@@ -13,9 +13,9 @@ from implicitdiff.optimizers.newton import Newton
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Problem
 
-MANY_VARIABLES = 1000
-"""Where 25 to 40 gradients begin to cost less than five dense factorisations: measured with batch 1 and 8, one thread,
-logistic regression and two problems without structure; below, Newton's method is up to three times faster."""
+MANY_VARIABLES = 2000
+"""Where L-BFGS and one Newton step begin to cost less than Newton's method alone: measured with one thread in float32
+on logistic regression, a non-convex fit and a problem without structure; decision 18 has the times."""
 
 _CUBIC = ("cholesky", "lu", "ldl", "minres")
 

@@ -162,6 +162,30 @@ class System:
             torch.isfinite(everything).all(1),
         )
 
+    def trial(self, u: Tensor, like: Point) -> Point:
+        """f and D_u f at u, without constraints, at the least cost: one reverse pass.
+
+        The residual is against the scale at `like`; `measured` gives the true one.
+        """
+        value, leaves = self.value_and_gradient(u)
+        gradient = pack(leaves, u.shape[0], u)
+        scale = largest(like.gradient) / like.residual
+        finite = torch.isfinite(torch.cat([u, value[:, None], gradient], dim=1)).all(1)
+        return replace(
+            like, u=u, value=value, gradient=gradient, residual=largest(gradient) / scale, finite=finite
+        )
+
+    def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Leaves]:
+        """f (B,) and the leaves of D_u f."""
+        return self.plan.value_and_gradient(unpack(u, self.variable_shapes), self.theta)
+
+    def measured(self, point: Point, wanted: Tensor) -> Point:
+        """The point with its true residual, in the wanted samples (B,); free of cost where nobody wants it."""
+        if not bool(wanted.any()):
+            return point
+        residual = self.evaluate(point.u, point.multipliers).residual
+        return replace(point, residual=torch.where(wanted, residual, point.residual))
+
     def with_linear_part(self, point: Point, wanted: Tensor) -> Point:
         """The point with H u among the terms that D_u L is held against, in the wanted samples (B,).
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.optimizers.iterate import Point, System, dot
+from implicitdiff.optimizers.limits import check_positive, check_whole
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Wolfe:
     decrease: float = 1e-4
     curvature: float = 0.9
     trials: int = 25
+
+    def __post_init__(self) -> None:
+        check_positive("Wolfe", "curvature", self.curvature, "a number between 0 and 1", 1.0)
+        bound = min(0.5, self.curvature)
+        check_positive("Wolfe", "decrease", self.decrease, "between 0 and 0.5 and below curvature", bound)
+        check_whole("Wolfe", "trials", self.trials, 1)
 
     def search(
         self, system: System, point: Point, direction: Tensor, length: Tensor, pending: Tensor
@@ -44,7 +51,8 @@ class Wolfe:
         Returns:
             (moved (B,), point, endless (B,)): where no step has both conditions within the trials, the last one with
             the first condition alone; a sample that has none stays. Endless: f went on falling as far as was tried,
-            so that it has no minimum that way. Cost: one evaluation of f and D_u f per trial.
+            so that it has no minimum that way. Cost: one reverse pass per trial. Residuals are
+            against the scale at the beginning.
 
         Reference: Hager and Zhang, SIAM Journal on Optimization 16 (2005), section 4.
         """
@@ -58,7 +66,7 @@ class Wolfe:
         moved, result = torch.zeros_like(pending), point
         for trial_number in range(self.trials):
             step = torch.where(pending, length, 0)
-            trial = system.evaluate(point.u + step[:, None] * direction, point.multipliers)
+            trial = system.trial(point.u + step[:, None] * direction, point)
             rate = dot(trial.gradient, direction)
             falls = trial.value <= point.value + self.decrease * length * slope
             flat = (length * slope.abs() <= slack) & (trial.value <= point.value + slack)

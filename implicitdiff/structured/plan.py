@@ -99,6 +99,12 @@ class StructuredPlan:
             found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
+    def value_and_gradient(
+        self, u: Leaves, theta: Leaves, lam: Leaves = (), penalty: Tensor | None = None
+    ) -> tuple[Tensor, Leaves]:
+        """f - lam'h + penalty |h|^2 / 2 and its gradient in u, by the dense plan: one reverse pass, no matrix."""
+        return self.dense.value_and_gradient(u, theta, lam, penalty)
+
     def stationarity(self, u: Leaves, lam: Leaves, theta: Leaves) -> Stationarity:
         """D_u L and h, with the largest of the terms that cancel in each."""
         function = self.writer.function(
