@@ -6,6 +6,7 @@ import torch
 import implicitdiff as idf
 from implicitdiff.diagnostics import measure
 from implicitdiff.problems import OptimalTransport, RobustPooling
+from tests.cases import BY_NAME
 
 
 def largest_entries(problem: idf.Problem, *inputs: torch.Tensor) -> int:
@@ -37,3 +38,15 @@ def test_woodbury_holds_no_matrix_of_the_variables() -> None:
     x = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(3))
     assert idf.explain(RobustPooling(), x).solver == "woodbury"
     assert largest_entries(RobustPooling(), x) <= x.numel()
+
+
+def test_an_arrow_costs_what_its_border_does() -> None:
+    """H of (p, q) is diagonal in p: no matrix of p's size, and twice the work for twice the entries."""
+    problem = BY_NAME["arrow"].problem()
+    found = {}
+    for size in (1000, 2000):
+        shapes = torch.empty(1, size, device="meta"), torch.empty(1, size, 3, device="meta")
+        found[size] = idf.explain(problem, *shapes)
+        assert (found[size].hessian.kind, found[size].solver) == ("block", "schur")
+    assert found[2000].flops < 2.01 * found[1000].flops
+    assert found[2000].peak < 2.01 * found[1000].peak

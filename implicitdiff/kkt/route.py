@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from implicitdiff import operators, solvers
+from implicitdiff import solvers
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.jacobian import JacobianTerm
 from implicitdiff.errors import OptionError
 from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.ir import Label, Ref, Unsupported
 from implicitdiff.kkt import lowering
+from implicitdiff.kkt.grid import meta_grid
 from implicitdiff.structure import dependence
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.forms import Contribution, Entry, Form
@@ -104,7 +105,17 @@ def _pair(
     return Contribution(block, rows, tuple(axes), tuple(factors), tuple(summed))
 
 
-STRUCTURED = ("woodbury", "block-cholesky", "tridiagonal", "banded-cholesky", "kronecker", "divide", "cg")
+STRUCTURED = (
+    "woodbury",
+    "block-cholesky",
+    "tridiagonal",
+    "banded-cholesky",
+    "kronecker",
+    "divide",
+    "cg",
+    "schur",
+    "schur-cg",
+)
 """Solvers that use the form of H; the others are given its dense twin."""
 DENSE_BYTES = 2**31
 """Above this the matrix of one sample is not formed: products with it only."""
@@ -164,7 +175,7 @@ class RouteFinder:
             found = {"schur": "Schur", "schur-cg": "SchurConjugateGradients", **found}
         choice = None
         if "schur" in found and linear_solver in ("auto", "schur-cg"):
-            choice = solvers.choose(self._grid(schur), linear_solver)
+            choice = solvers.choose(meta_grid(schur, self.dtype), linear_solver)
         name = next(iter(found)) if linear_solver in ("auto", "schur") else linear_solver
         if choice is not None and choice.solver.name in found:
             name = choice.solver.name
@@ -185,28 +196,14 @@ class RouteFinder:
             rejected=tuple(() if choice is None else choice.rejected),
         )
 
-    def _grid(self, schur: Form) -> operators.Block:
-        """S by its shapes: what the cost model looks at."""
-        number = range(len(schur.space.names))
-        sizes = tuple(schur.space.entries(k) for k in number)
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(1, *shape, dtype=self.dtype, device="meta")
-
-        def cell(i: int, j: int) -> operators.LinearOperator | torch.Tensor | None:
-            entry = schur.grid[i][j]
-            if i == j:
-                if entry.is_diagonal:
-                    return operators.Diagonal(empty(sizes[i]))
-                return operators.Dense(empty(sizes[i], sizes[i]))
-            return None if entry.empty else empty(sizes[i], sizes[j])
-
-        return operators.Block(tuple(tuple(cell(i, j) for j in number) for i in number), sizes)
-
     def _hessian_solver(
         self, form: Form, linear_solver: str, constrained: bool
     ) -> tuple[str, solvers.Choice]:
-        operator = lowering.meta_operator(self.build, form, form.kind, self.dtype)
+        operator = (
+            meta_grid(form, self.dtype)
+            if form.kind == "block"
+            else lowering.meta_operator(self.build, form, form.kind, self.dtype)
+        )
         choice = solvers.choose(operator, linear_solver, many=constrained)
         structured = choice.solver.name in STRUCTURED
         bytes_needed = operator.size**2 * self.dtype.itemsize

@@ -15,8 +15,9 @@ from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.formula import Steps, range_space
+from implicitdiff.kkt.grid import grid_operator
 from implicitdiff.kkt.route import RouteFinder
-from implicitdiff.structure.forms import Entry, Form, Space
+from implicitdiff.structure.forms import Entry, Form
 
 Refs = list[Ref]
 
@@ -93,7 +94,10 @@ class SymbolicKKT:
     def _hessian_factor(self) -> Ref:
         """The factorisation of H."""
         route = self.route
-        operator = lowering.operator(self.build, route.hessian, route.hessian_kind)
+        if route.hessian_kind == "block":
+            operator = grid_operator(self.build, route.hessian)
+        else:
+            operator = lowering.operator(self.build, route.hessian, route.hessian_kind)
         return lowering.factorised(self.build, operator, route.hessian_solver, "factor")
 
     def _inverse(self, a: Refs, prefix: int, name: str | None = "w") -> tuple[Refs, Refs]:
@@ -197,45 +201,12 @@ class SymbolicKKT:
         return call(self.build, "{0}.cancelled", [(self._schur_factor(), (), -1)], (), BATCHED, "cancelled")
 
     def _schur_operator(self, form: Form) -> Ref:
-        build, space = self.build, form.space
+        build = self.build
         if form.kind in ("diagonal", "scaled-identity") and self.route.schur_solver == "Divide":
             return lowering.operator(build, form, "diagonal")
         if self.route.schur_solver not in ELIMINATING:
             return lowering.operator(build, form, "dense")
-        count = len(space.names)
-        args: list[tuple[Ref, Sequence[Label], int]] = []
-        cells: list[list[str]] = [["None"] * count for _ in range(count)]
-        for i in range(count):
-            for j in range(i, count):
-                text = self._cell(form.grid[i][j], i, j, space, args)
-                if text is not None:
-                    cells[i][j] = text
-                    if i != j:
-                        cells[j][i] = f"{text}.mT"
-        grid = ", ".join(f"({', '.join(row)},)" for row in cells)
-        sizes = tuple(space.entries(k) for k in range(count))
-        null = ", null_vectors=null_vectors" if self.route.dependent is not None else ""
-        return call(build, f"operators.Block(({grid},), {sizes}{null})", args, (), BATCHED)
-
-    def _cell(
-        self, entry: Entry, i: int, j: int, space: Space, args: list[tuple[Ref, Sequence[Label], int]]
-    ) -> str | None:
-        """Template of one block; its arguments are appended to `args`."""
-        build = self.build
-        if entry.empty and i != j:
-            return None
-        if i == j and entry.is_diagonal:
-            text = f"operators.Diagonal({lowering.flat_text([space.sizes[i]])})"
-            text = lowering.renumbered(text, 1, len(args))
-            assert entry.diagonal is not None
-            args.append((entry.diagonal, space.rows[i], BATCHED))
-            return text
-        text, own = lowering.dense_block(
-            build, entry, space.rows[i], space.columns[j], (space.entries(i), space.entries(j))
-        )
-        text = lowering.renumbered(text, len(own), len(args))
-        args.extend(own)
-        return f"operators.Dense({text})" if i == j else text
+        return grid_operator(build, form, null_vectors=self.route.dependent is not None)
 
     def _system(self) -> Ref:
         """K by numbers: H structured or dense, A written out."""

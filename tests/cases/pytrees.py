@@ -20,6 +20,19 @@ class PairOfVectors(idf.Problem):
         return torch.zeros_like(x), torch.zeros_like(y)
 
 
+class Arrow(idf.Problem):
+    """minimise over (p, q)  sum_i softplus(p_i + a_i'q) + |p - x|^2 + |q|^2,  x (n,), a (n, k): H is diagonal but for a
+    border of k rows and columns.
+    """
+
+    def objective(self, u: dict[str, Tensor], x: Tensor, a: Tensor) -> Tensor:
+        fit = torch.nn.functional.softplus(u["p"] + a @ u["q"]).sum()
+        return fit + ((u["p"] - x) ** 2).sum() + (u["q"] ** 2).sum()
+
+    def init(self, x: Tensor, a: Tensor) -> dict[str, Tensor]:
+        return {"p": x, "q": a.sum(0)}
+
+
 class SharedCurvature(idf.Problem):
     """minimise over (a, b)  sum x_i a_i^2 / 2 - 1'a + y b^2 + (1'a) b / 8,  x (m,), y and b numbers."""
 
@@ -124,6 +137,15 @@ CASES = (
         sizes=((3,), (1,)),
         hessian="block",
         notes="one variable's curvature depends on a shared input alone, next to a batched one",
+    ),
+    Case(
+        name="arrow",
+        make_problem=Arrow,
+        inputs=lambda draw, sizes: (draw.normal(sizes[0]), draw.normal(*sizes)),
+        sizes=((7, 2), (3, 3), (1, 1)),
+        hessian="block",
+        solvers=frozenset({"schur", "cholesky"}),
+        notes="the diagonal corner is eliminated, the border is factored",
     ),
     Case(
         name="dict-variable",
