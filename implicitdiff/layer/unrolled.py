@@ -47,7 +47,7 @@ def run_unrolled(prepared: Prepared) -> Outputs:
         since values cannot be read there.
 
     Raises:
-        UnrollError: `solve` is not all torch and there is no `init` to start from.
+        UnrollError: `solve` is not all torch and there is no `init` to start from, or optimizer= is not Newton.
         NotOptimalError: under on_failure="raise", as in every forward.
     """
     name = type(prepared.problem).__name__
