@@ -106,9 +106,9 @@ def test_pytrees_constants_and_solve(backend, mode):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_the_function_solve_and_the_multipliers(backend):
     problem, inputs = Quartic(), quartic_inputs()
+    newton = idf.optimizers.Newton(max_iter=40)
 
     def everything(x, a):
-        newton = idf.optimizers.Newton(max_iter=40)
         found = idf.solve(problem, x, a, in_dims=(0, None), optimizer=newton, optimality_tol=1e-6)
         return found.u, found.equality_multipliers, found.value
 
