@@ -1,5 +1,6 @@
 """The representation's normal forms, derivatives and emission, on expressions small enough to check by hand."""
 
+import ast
 import itertools
 from typing import Any
 
@@ -12,6 +13,7 @@ from implicitdiff.graph.calls import Output
 from implicitdiff.graph.emit import Emitter
 from implicitdiff.graph.ir import BATCHED, UNBATCHED, Ref, Unsupported
 from implicitdiff.graph.maps import Place, pad, selection, shift
+from implicitdiff.graph.text import wrapped
 
 
 def leaf(build: Builder, name: str, *sizes: int, prefix: int = BATCHED) -> Ref:
@@ -261,3 +263,15 @@ def test_what_is_padded_is_not_differentiated_silently() -> None:
         adjoints(build, total, frozenset([x.node.id]))
     with pytest.raises(Unsupported, match="pad has no derivative rule"):
         tangent(build, total, {x.node.id: Ref(leaf(build, "w", 3).node, x.node.axes)})
+
+
+@pytest.mark.parametrize("head", ["", "return ", "total = "])
+def test_a_long_statement_without_brackets_is_still_one_statement(head: str) -> None:
+    """`a.add_(b).add_(c) ...` has no space inside a bracket to break at, and need not be an assignment."""
+    chain = "value" + ".add_(another_long_name)" * 12
+    line = f"{head}{chain}" if head != "return " else f"return {' + '.join([chain, 'rest'])}"
+    lines = wrapped(line, 60)
+    source = "\n".join(["def f():", *(f"    {piece}" for piece in lines)])
+    (statement,) = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+    (expected,) = ast.parse(f"def f():\n    {line}").body[0].body  # type: ignore[attr-defined]
+    assert ast.dump(statement) == ast.dump(expected)

@@ -74,8 +74,8 @@ def _headed(line: str) -> tuple[str, str]:
     for head in ("return ", "del "):
         if line.startswith(head):
             return head, line[len(head) :]
-    target, _, value = line.partition(" = ")
-    return f"{target} = ", value
+    target, sign, value = line.partition(" = ")
+    return (f"{target} = ", value) if sign else ("", line)
 
 
 def _cuts(line: str) -> list[int]:
