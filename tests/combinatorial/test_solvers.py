@@ -2,6 +2,7 @@
 
 import pickle
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import implicitdiff.combinatorial as co
 from implicitdiff import InputError
+from implicitdiff.combinatorial.base import orthonormal_rows
+from implicitdiff.combinatorial.solvers.graphs import EdgeList
 from tests.combinatorial.instances import BOTH_SENSES, INSTANCES
 
 EVERY = sorted(INSTANCES)
@@ -146,3 +149,25 @@ def test_quadratic_costs_are_joined_and_solutions_split() -> None:
     assert Y[0].argmax(1).tolist() == [1, 0, 2]
     with pytest.raises(InputError, match="quadratic"):
         solver.join(unary, pairs[:, :1])
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_row_spaces_of_many_rows(chain: bool) -> None:
+    """A grid goes by eigenvectors; a long chain has no gap in its spectrum and goes by QR."""
+    graph = nx.path_graph(1500, create_using=nx.DiGraph) if chain else nx.grid_2d_graph(9, 9).to_directed()
+    rows = EdgeList.of(graph, "test").incidence()[:: 4 if chain else 1]
+    basis = orthonormal_rows(rows)
+    assert len(basis) == (len(rows) if chain else len(rows) - 1)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-10)
+    np.testing.assert_allclose(rows @ basis.T @ basis, rows, atol=1e-10)
+
+
+def test_nearly_dependent_equalities_are_not_lost() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((70, 90))
+    rows[1] = rows[0] + 1e-5 * rng.standard_normal(90)
+    rows[2] = rows[3] - rows[4]
+    basis = orthonormal_rows(rows)
+    assert len(basis) == 69
+    np.testing.assert_allclose(basis @ basis.T, np.eye(69), atol=1e-10)
+    np.testing.assert_allclose(rows @ basis.T @ basis, rows, atol=1e-9)
