@@ -43,7 +43,7 @@ class DiscreteFunction(torch.autograd.Function):
     @staticmethod
     def forward(estimator: Estimator, run: Pass, w: Tensor) -> tuple[Tensor, ...]:
         """Solve; plain tensors, whatever transforms are active outside."""
-        run.oracle.tally.costs(run.projection.linear(w))
+        run.oracle.tally.costs(run.projection, w)
         if len(w) == 0:
             return (torch.zeros_like(w),)
         y, *saved = estimator.forward(run, w)

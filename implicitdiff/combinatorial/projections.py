@@ -169,9 +169,10 @@ class Norm(Projection):
     def pull(self, w: Tensor, g: Tensor) -> Tensor:
         """L (g - u <u, g> / |u|^2) / |u|."""
         u, size = self._split(w)
-        unit = u / size
         flat = self.inner(g).flatten(1)
-        return ((flat - unit * (unit * flat).sum(1, keepdim=True)) / size).reshape(g.shape)
+        along = (u * flat).sum(1, keepdim=True)
+        # In place on what was just made: fresh memory is what costs time here.
+        return (u * (along / size / -size)).add_(flat).div_(size).reshape(g.shape)
 
     def linear(self, w: Tensor) -> Tensor:
         """L(w)."""
@@ -186,10 +187,12 @@ class Norm(Projection):
         """Name the samples whose u is zero, or so small beside w that it is rounding."""
         if self.eps > 0:
             return
-        size = torch.linalg.vector_norm(self.inner(w).flatten(1), dim=1)
-        whole = torch.linalg.vector_norm(w.flatten(1), dim=1)
-        rounding = 0.0 if isinstance(self.inner, NoProjection) else 8 * torch.finfo(w.dtype).eps
-        bad = size <= rounding * whole
+        u = self.inner(w)
+        size = torch.linalg.vector_norm(u.flatten(1), dim=1)
+        if u is w:
+            bad = size == 0
+        else:
+            bad = size <= 8 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(w.flatten(1), dim=1)
         if bad.any():
             raise InputError(
                 f"the projected costs are zero in {name_samples(bad)} of {len(w)}, where the projection to unit norm "

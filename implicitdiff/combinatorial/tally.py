@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitdiff.combinatorial.projections import Projection
+
 COLLAPSE = 0.05
+# The first passes are all measured, later ones at this interval, so that measuring costs next to nothing.
+INTERVAL = 10
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """The state of a `DiscreteLayer`; means are over the samples of the last pass.
+    """The state of a `DiscreteLayer`; means are over the samples of the last pass that was measured: each of the first
+    ten passes is, then every tenth.
 
     Attributes:
         solver_calls: instances solved so far, in forward and backward passes.
@@ -65,6 +70,8 @@ class Tally:
         self._instances = 0
         self._clamped = 0
         self._entries = 0
+        self._forwards = 0
+        self._backwards = 0
         self._norm: Tensor | None = None
         self._largest: Tensor | None = None
         self._zero: Tensor | None = None
@@ -93,24 +100,27 @@ class Tally:
             self._clamped += clamped
             self._entries += entries
 
-    def costs(self, linear: Tensor) -> None:
-        """Note the projected costs (B, *shape) of a forward pass."""
-        if linear.numel() == 0:
+    def costs(self, projection: Projection, w: Tensor) -> None:
+        """Note the costs (B, *shape) of a forward pass."""
+        self._forwards += 1
+        if w.numel() == 0 or _passed_over(self._forwards):
             return
-        norm = torch.linalg.vector_norm(linear.flatten(1), dim=1).mean()
+        norm = torch.linalg.vector_norm(projection.linear(w).flatten(1), dim=1).mean()
         with self._lock:
             self._norm = norm
             self._largest = norm if self._largest is None else torch.maximum(self._largest, norm)
 
     def gradients(self, g: Tensor, outgoing: Tensor) -> None:
         """Note the gradients g = dl/dy and dl/dw of a backward pass."""
-        if g.numel() == 0:
+        self._backwards += 1
+        if g.numel() == 0 or _passed_over(self._backwards):
             return
-        flat, other = g.flatten(1), -outgoing.flatten(1)
+        flat, other = g.flatten(1), outgoing.flatten(1)
         sizes = torch.linalg.vector_norm(flat, dim=1)
         products = sizes * torch.linalg.vector_norm(other, dim=1)
         there = products > 0
-        cosines = (flat * other).sum(1) / products.where(there, torch.ones_like(products))
+        inner = (flat * other).sum(1)
+        cosines = -inner / products.where(there, torch.ones_like(products))
         with self._lock:
             self._zero = (sizes == 0).to(g.dtype).mean()
             self._cosine = cosines.where(there, torch.zeros_like(cosines)).sum() / there.sum()
@@ -125,6 +135,10 @@ class Tally:
         return Diagnostics(
             instances, norm, largest, zero, cosine, boundary, _verdict(norm, largest, zero, boundary)
         )
+
+
+def _passed_over(count: int) -> bool:
+    return count > INTERVAL and count % INTERVAL != 0
 
 
 def _number(value: Tensor | None) -> float:

@@ -51,6 +51,16 @@ def test_perturbed_by_gumbel_noise_is_a_softmax(baseline: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("baseline", [True, False])
+def test_two_samples_are_unbiased(baseline: bool) -> None:
+    """Each sample is the other's baseline; the mean over many pairs is the softmax' gradient, and not half of it."""
+    w, g = (one[:1].expand(MANY, 3) for one in (W, G))
+    _, found = gradient(layer(ONE_HOT, co.Perturbed(0.7, 2, "gumbel", baseline=baseline)), w, g)
+    x = W[:1].clone().requires_grad_()
+    (expected,) = torch.autograd.grad((torch.softmax(-x / 0.7, dim=1) * G[:1]).sum(), x)
+    torch.testing.assert_close(found.mean(0), expected[0], rtol=0, atol=0.02)
+
+
 def test_perturbed_by_normal_noise_between_two() -> None:
     """P(w_1 + sigma Z_1 < w_2 + sigma Z_2) = Phi((w_2 - w_1) / (sigma sqrt 2))."""
     sigma, w = 0.5, torch.tensor([[0.2, 0.5]], dtype=torch.float64)

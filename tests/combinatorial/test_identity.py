@@ -1,5 +1,7 @@
 """What theory says of Identity: descent, orthogonality, the first change, agreement with the other estimators."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,3 +203,31 @@ def test_a_step_against_a_squared_loss_reaches_the_target(name: str) -> None:
             (layer(x) - target).square().sum().backward()
             optimiser.step()
         assert torch.equal(solver(x), target), estimator
+
+
+SPHERES = {
+    # solver, projection, n, centre, radius of a sphere that holds all solutions
+    "cube": (co.EnumeratedSolver(list(itertools.product((0.0, 1.0), repeat=5))), "norm", 5, 0.5, 5**0.5 / 2),
+    "ranks": (co.Ranking(), "std", 5, 3.0, (5 * 24 / 12) ** 0.5),
+    "top-k": (co.TopK(2), "std", 5, 2 / 5, (2 * 3 / 5) ** 0.5),
+}
+
+
+@SETTINGS
+@given(seed=SEEDS)
+@pytest.mark.parametrize("name", sorted(SPHERES))
+def test_the_gradient_is_that_of_a_relaxation_to_a_sphere(name: str, seed: int) -> None:
+    """argmin of <w, y> over the sphere (and the plane of Y) that holds Y is c - r P(w), whose derivative is -r "
+    "P'(w)."""
+    solver, projection, n, centre, radius = SPHERES[name]
+    w = draw(seed, n)
+    y = solver(w)
+    assert float((y - centre).norm()) == pytest.approx(radius)
+
+    def relaxed(w: Tensor) -> Tensor:
+        return centre - radius * resolve(projection, solver)(w[None])[0]
+
+    # A relaxation: no solution is better than the relaxed one.
+    assert (w * relaxed(w)).sum() <= (w * y).sum() + 1e-9
+    layer = co.DiscreteLayer(solver, co.Identity(projection))
+    torch.testing.assert_close(radius * jacrev(layer)(w), jacrev(relaxed)(w))

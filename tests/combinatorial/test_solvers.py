@@ -2,6 +2,7 @@
 
 import pickle
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import implicitdiff.combinatorial as co
+from implicitdiff import InputError
+from implicitdiff.combinatorial.base import orthonormal_rows
+from implicitdiff.combinatorial.solvers.graphs import EdgeList
 from tests.combinatorial.instances import BOTH_SENSES, INSTANCES
 
 EVERY = sorted(INSTANCES)
@@ -110,3 +114,60 @@ def test_solvers_can_be_pickled(name: str) -> None:
     solver = instance.make()
     costs = instance.costs(seed=1, batch=2)
     assert torch.equal(pickle.loads(pickle.dumps(solver))(costs), solver(costs))
+
+
+def test_tours_from_matrices_of_distances() -> None:
+    solver, points = co.TSP(6), torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    points.requires_grad_()
+    costs = solver.edge_costs(torch.cdist(points, points))
+    y = solver(costs)
+    tour = torch.zeros(2, 6, 6)
+    tour[:, solver.tail, solver.head] = y
+    length = ((tour + tour.mT) * torch.cdist(points, points)).sum((1, 2)) / 2
+    torch.testing.assert_close(co.optimal_value(solver, costs), length)
+    (found,) = torch.autograd.grad(co.optimal_value(solver, costs).sum(), points)
+    assert found.abs().max() > 0
+    with pytest.raises(InputError, match=r"expected \(\*batch, 6, 6\)"):
+        solver.edge_costs(torch.zeros(2, 5, 6))
+
+
+def test_quadratic_costs_are_joined_and_solutions_split() -> None:
+    first, second = [(0, 1), (1, 2)], [(0, 2), (2, 1), (1, 0)]
+    solver = co.QuadraticAssignment(3, first, second)
+    unary, pairs = torch.randn(2, 3, 3), torch.randn(2, 2, 3)
+    Y, Z = solver.split(solver(solver.join(unary, pairs)))
+    assert torch.equal(Y.sum(1), torch.ones(2, 3))
+    assert torch.equal(Y.sum(2), torch.ones(2, 3))
+    for e, (i, j) in enumerate(first):
+        for f, (k, m) in enumerate(second):
+            assert torch.equal(Z[:, e, f], Y[:, i, k] * Y[:, j, m])
+    # Costs of edge pairs decide where those of node pairs are zero.
+    pairs = torch.zeros(1, 2, 3)
+    pairs[0, 0, 2] = pairs[0, 1, 0] = -1
+    Y, Z = solver.split(solver(solver.join(torch.zeros(1, 3, 3), pairs)))
+    assert Z[0].tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert Y[0].argmax(1).tolist() == [1, 0, 2]
+    with pytest.raises(InputError, match="quadratic"):
+        solver.join(unary, pairs[:, :1])
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_row_spaces_of_many_rows(chain: bool) -> None:
+    """A grid goes by eigenvectors; a long chain has no gap in its spectrum and goes by QR."""
+    graph = nx.path_graph(1500, create_using=nx.DiGraph) if chain else nx.grid_2d_graph(9, 9).to_directed()
+    rows = EdgeList.of(graph, "test").incidence()[:: 4 if chain else 1]
+    basis = orthonormal_rows(rows)
+    assert len(basis) == (len(rows) if chain else len(rows) - 1)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-10)
+    np.testing.assert_allclose(rows @ basis.T @ basis, rows, atol=1e-10)
+
+
+def test_nearly_dependent_equalities_are_not_lost() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((70, 90))
+    rows[1] = rows[0] + 1e-5 * rng.standard_normal(90)
+    rows[2] = rows[3] - rows[4]
+    basis = orthonormal_rows(rows)
+    assert len(basis) == 69
+    np.testing.assert_allclose(basis @ basis.T, np.eye(69), atol=1e-10)
+    np.testing.assert_allclose(rows @ basis.T @ basis, rows, atol=1e-9)

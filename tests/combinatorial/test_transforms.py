@@ -167,6 +167,31 @@ def test_noise_differs_between_vmapped_entries() -> None:
     assert len({tuple(row) for row in found.tolist()}) > 15
 
 
+def test_perturbed_under_vmap_draws_what_a_batch_draws() -> None:
+    """A vmapped axis is folded into the batch before noise is drawn, so that one seed gives the same numbers."""
+    w = torch.randn(5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def layer() -> co.DiscreteLayer:
+        made = co.DiscreteLayer(co.TopK(2), co.Perturbed(0.5, 8))
+        made.generator = torch.Generator().manual_seed(1)
+        return made
+
+    batched, mapped = layer(), layer()
+    found = vmap(grad(lambda x: mapped(x).pow(3).sum()))(w)
+    x = w.clone().requires_grad_()
+    batched(x).pow(3).sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+def test_inference_mode_and_no_grad() -> None:
+    layer, w = made("grid", "auto")
+    with torch.inference_mode():
+        y = layer(w)
+    assert torch.equal(y, layer(w))
+    with torch.no_grad():
+        assert not layer(w.clone().requires_grad_()).requires_grad
+
+
 def test_checkpointing_and_autocast() -> None:
     layer, w = made("assignment", "auto")
     expected = by_autograd(layer, w)

@@ -20,6 +20,8 @@ class Assignment(NumpySolver):
     matrices is double centring, W - row means - column means + mean; of others the centring of the shorter side's
     lines.
 
+    All costs are finite: where pairs are forbidden use `PerfectMatching` on the graph of those that are not.
+
     Args:
         sense: "min" or "max".
     """
