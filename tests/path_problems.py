@@ -82,6 +82,20 @@ class Regression(idf.Problem):
         return torch.zeros_like(X[0])
 
 
+class Outputs(idf.Problem):
+    """Least squares with several outputs: H is the same d x d matrix for every column of U (d, k)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_ridge = torch.nn.Parameter(torch.tensor(-0.3, dtype=torch.float64))
+
+    def objective(self, u, X, Y):
+        return ((X @ u - Y) ** 2).sum() / 2 + self.log_ridge.exp() * (u * u).sum() / 2
+
+    def init(self, X, Y):
+        return X.mT @ Y
+
+
 class Full(idf.Problem):
     """No structure in H."""
 

@@ -181,7 +181,7 @@ PRESCRIBED = [
     ("pooling-welsch", (128, 16), "woodbury"),
     ("pooling-quadratic", (128, 16), "divide"),
     ("pooling-quadratic", (128, 1024), "divide"),
-    ("transport", (300, 400), "schur"),
+    ("transport", (300, 400), "schur-cg"),
     ("rows", (50, 6), "block-cholesky"),
 ]
 
@@ -236,7 +236,8 @@ def test_strangers_are_treated_as_the_built_in(case: Case, sizes: Sizes, built_i
     assert (ours.schur is None) == (theirs.schur is None)
     if ours.schur is not None and theirs.schur is not None:
         assert ours.schur.kind == theirs.schur.kind, ours
-    assert ours.solver == theirs.solver, ours
+    # iterations on S need remaining corners that are diagonal, which a further constraint may not be
+    assert ours.solver.removesuffix("-cg") == theirs.solver.removesuffix("-cg"), ours
 
 
 def _backward_cost(case: Case, sizes: Sizes) -> tuple[int, int]:

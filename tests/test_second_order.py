@@ -21,7 +21,7 @@ from implicitdiff.plan import BACKWARDS
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.solvers import SOLVERS
 from tests.attached_newton import Attached
-from tests.path_problems import Bent, Chain, Cumulative, Full, Held, Regression, Rows, Separable
+from tests.path_problems import Bent, Chain, Cumulative, Full, Held, Outputs, Regression, Rows, Separable
 from tests.small_problems import Portfolio, Quartic, Torch, draw
 
 
@@ -137,6 +137,7 @@ PATHS = (
     *(solved_by(s, "bent", Bent, BENT, shown="schur") for s in ("banded-cholesky", "schur")),
     *(solved_by(s, "bent", Bent, BENT) for s in ("lu", "ldl")),
     *(solved_by(s, "held", Held, HELD) for s in ("schur", "lu", "ldl")),
+    solved_by("kronecker", "outputs", Outputs, (numbers(2, 4, 3, seed=3), numbers(2, 4, 2, seed=4))),
     solved_by("woodbury", "regression", Regression, WIDE),
     solved_by("woodbury", "pooling", pooling("welsch", 2.5), HIGH_POINTS),
     *(solved_by(s, "regression", Regression, DATA) for s in ("cholesky", "lu", "ldl", "cg")),

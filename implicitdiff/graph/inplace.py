@@ -52,15 +52,18 @@ def overwritable(body: Body, k: int) -> str | None:
     if shape is None or not shape.sure or statement.in_place:
         return None
     uses = body.uses()
-    fresh = {s.target for s in body.statements[:k] if is_fresh(s.value)}
+    made = {s.target: place for place, s in enumerate(body.statements[:k]) if is_fresh(s.value)}
+    found = []
     for name in _operands(statement.value):
-        if name in fresh and body.shapes.get(name) == shape and uses[name].count(k) == 1:
+        if name in made and body.shapes.get(name) == shape and uses[name].count(k) == 1:
             held = _holders(body, name)
             held.discard(name)
             last = max(uses[name]) == k and all(max(uses.get(other, [0])) < k for other in held)
             if last and not (held | {name}) & set(read_results(body)):
-                return name
-    return None
+                found.append(name)
+    # One that takes an older value's memory itself costs nothing; another product may then move inline.
+    frugal = [name for name in found if overwritable(body, made[name]) is not None] if len(found) > 1 else []
+    return next(iter([*frugal, *found]), None)
 
 
 def _operands(value: ast.expr) -> list[str]:
