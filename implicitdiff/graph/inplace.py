@@ -52,18 +52,15 @@ def overwritable(body: Body, k: int) -> str | None:
     if shape is None or not shape.sure or statement.in_place:
         return None
     uses = body.uses()
-    made = {s.target: place for place, s in enumerate(body.statements[:k]) if is_fresh(s.value)}
-    found = []
+    fresh = {s.target for s in body.statements[:k] if is_fresh(s.value)}
     for name in _operands(statement.value):
-        if name in made and body.shapes.get(name) == shape and uses[name].count(k) == 1:
+        if name in fresh and body.shapes.get(name) == shape and uses[name].count(k) == 1:
             held = _holders(body, name)
             held.discard(name)
             last = max(uses[name]) == k and all(max(uses.get(other, [0])) < k for other in held)
             if last and not (held | {name}) & set(read_results(body)):
-                found.append(name)
-    # One that takes an older value's memory itself costs nothing; another product may then move inline.
-    frugal = [name for name in found if overwritable(body, made[name]) is not None] if len(found) > 1 else []
-    return next(iter([*frugal, *found]), None)
+                return name
+    return None
 
 
 def _operands(value: ast.expr) -> list[str]:

@@ -63,9 +63,11 @@ def tidied(
 def _share(body: Body, changing: Collection[str] = ()) -> None:
     """Every expression that occurs twice gets a name before its first use, the largest first.
 
-    Those that read a `changing` name are left alone: what is written in place has another value each time.
+    Those that read a `changing` name are left alone: what is written in place has another value each time. So are those
+    that such a name begins with: under another name they would be written to as well.
     """
     while True:
+        begun = {ast.dump(s.value) for s in body.statements if s.target in changing and not s.in_place}
         known = set(body.arguments) | {statement.target for statement in body.statements}
         found: dict[str, list[int]] = {}
         trees: dict[str, ast.expr] = {}
@@ -74,7 +76,7 @@ def _share(body: Body, changing: Collection[str] = ()) -> None:
                 if known.intersection(read(tree)) and not set(changing).intersection(read(tree)):
                     found.setdefault(key, []).append(k)
                     trees[key] = tree
-        repeated = [key for key, where in found.items() if len(where) > 1]
+        repeated = [key for key, where in found.items() if len(where) > 1 and key not in begun]
         if not repeated:
             return
         key = max(repeated, key=len)
