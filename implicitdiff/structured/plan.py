@@ -30,6 +30,7 @@ from implicitdiff.structure.probe import agree, direction
 from implicitdiff.structure.report import Analysis
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
+from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
 from implicitdiff.structured.report import report
 from implicitdiff.structured.run import Run
@@ -83,7 +84,11 @@ class StructuredPlan:
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
         self.analysis: Analysis = report(
-            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
+            declared,
+            form,
+            route,
+            module(code.emitted.source, self.writer.namespace),
+            anchored=self.recipes.first == "anchored",
         )
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
