@@ -17,7 +17,7 @@ from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
 from implicitdiff.graph.listing import listing
-from implicitdiff.graph.purpose import Step, purposes
+from implicitdiff.graph.purpose import Step, behind, purposes
 from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
     Operand,
@@ -99,7 +99,7 @@ class Emitter:
         serving = {target: serves[node] for target, node in self.made.items() if node in serves}
         texts = [text for _, text in results]
         lines, returned = tidied(self.lines, texts, self.shapes, arguments, serving, namespace)
-        known = [steps.get(o.ref.node.id) for o in outputs]
+        known = [steps.get(behind(o.ref.node).id) for o in outputs]
         opening = [f'"""{document}"""', *preamble] if document else preamble
         source = listing(name, arguments, opening, lines, returned, known, shown or {})
         scope = dict(namespace)

@@ -50,6 +50,13 @@ class Purpose:
         return (title,) if title else self.serves
 
 
+def behind(node: Node) -> Node:
+    """The node whose value this one holds: itself, unless it only marks another's."""
+    while node.op == "hold":
+        node = node.args[0].node
+    return node
+
+
 NO_PURPOSE = Purpose()
 
 

@@ -50,7 +50,13 @@ class StructuredPlan:
     """
 
     def __init__(
-        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+        self,
+        trace: Trace,
+        linear_solver: str,
+        dense: AutodiffPlan,
+        shown: Sequence[bool] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
         """Derives everything.
 
@@ -59,6 +65,7 @@ class StructuredPlan:
             linear_solver: the layer's option.
             dense: the plan to fall back on.
             shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
+            compiled: whether the emitted functions go through torch.compile.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -74,7 +81,7 @@ class StructuredPlan:
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
-        self.writer = Writer(self.arguments, program.constants, null)
+        self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(

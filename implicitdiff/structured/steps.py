@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from implicitdiff.graph.ir import Node, Ref
-from implicitdiff.graph.purpose import Step
+from implicitdiff.graph.purpose import Step, behind
 
 Steps = dict[int, Step]
 SHARES = {
@@ -29,8 +29,7 @@ def steps_of(nodes: Sequence[Node], said: Sequence[tuple[Ref, Step]]) -> Steps:
     steps: Steps = {}
 
     def say(node: Node, name: str, equation: str, title: str = "") -> None:
-        while node.op == "hold":
-            node = node.args[0].node
+        node = behind(node)
         if node.op != "leaf" and not (node.op == "prod" and not node.args):
             steps.setdefault(node.id, Step(name, equation, title))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from implicitdiff.graph.record import LOCK
 from implicitdiff.kkt import saddle
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.structured.arguments import Arguments
+from implicitdiff.structured.compiled import Compiled
 from implicitdiff.structured.steps import steps_of
 
 FAILING = frozenset("log log1p exp expm1".split())
@@ -29,6 +30,9 @@ FAILING = frozenset("log log1p exp expm1".split())
 
 YIELDING = re.compile(r"(?:lam|v|v_lam|rhs_u|rhs_h)\d*|w|s|status|cancelled|kkt|factor|schur|shift")
 """Names of the emitted code that get an underscore where the user has an argument of that name."""
+
+COMPILED = frozenset(("backward", "stationarity", "value", "kkt_solve"))
+"""The functions that run at every call, or every step of a solver: compiling what runs once is no gain."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,14 @@ class Writer:
     """The functions of one problem by key. Writing is done under a lock: the builder is shared."""
 
     def __init__(
-        self, arguments: Arguments, constants: dict[str, Tensor], null_vectors: tuple[Tensor, ...]
+        self,
+        arguments: Arguments,
+        constants: dict[str, Tensor],
+        null_vectors: tuple[Tensor, ...],
+        *,
+        compiled: bool = False,
     ) -> None:
-        self.arguments = arguments
+        self.arguments, self.compiled = arguments, compiled
         self.namespace: dict[str, Any] = {
             "torch": torch,
             "operators": operators,
@@ -107,6 +116,8 @@ class Writer:
         emitted = emitter.function(
             name, names, recipe.outputs, self.namespace, preamble, document, recipe.first, given, steps, shown
         )
+        if self.compiled and name in COMPILED:
+            emitted = replace(emitted, call=Compiled(emitted, self.namespace))
         fragile = (o.name for o in recipe.outputs if any(map(_may_fail, reachable([o.ref.node]))))
         return Written(emitted, names, frozenset(fragile))
 
