@@ -1,6 +1,6 @@
 """One bad sample leaves the numbers of the others bit-identical: on every solver, every structure, every policy.
 
-A sample is made bad in place (NaN, infinity, zero, the negative, a tiny part of its matrix), so that nothing changes for
+A sample is made bad in place (NaN, infinity, zero, the negative, a tiny part of its matrix): nothing changes for
 the others but their neighbour. The optimizers have the same test in tests/test_optimizers.py.
 """
 
