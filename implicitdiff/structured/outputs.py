@@ -18,6 +18,7 @@ from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
+from implicitdiff.memory import over_limit
 from implicitdiff.structure import banded
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
@@ -141,6 +142,12 @@ class Recipes:
         terms = [*declared.hessian_terms, *declared.anchor_terms(weight)]
         form = banded.form_of(build, declared.space, terms)
         return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
+
+    @cached_property
+    def whole_is_too_large(self) -> bool:
+        """Whether K as one matrix is above the memory limit: then nothing comes after the other ways."""
+        size = self.declared.space.size + self.declared.constraint_space.size
+        return bool(over_limit("K", size, self.dtype.itemsize))
 
     @cached_property
     def first(self) -> Way:

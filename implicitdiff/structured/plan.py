@@ -256,7 +256,7 @@ class StructuredPlan:
         if whole or not bool(status.any()):
             return None
         singular = status == Status.SINGULAR
-        if not bool(singular.any()):
+        if not bool(singular.any()) or self.recipes.whole_is_too_large:
             return None
         return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 
