@@ -27,7 +27,7 @@ from implicitdiff.diagnostics.declared import (
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
-from implicitdiff.diagnostics.tables import number, table
+from implicitdiff.diagnostics.tables import WIDTH, number, table
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
@@ -69,10 +69,14 @@ class CheckReport:
         return not any(row.verdict.startswith("fail") for row in self.rows)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """The rows as a table, in lines of at most `width` characters, and the verdict."""
         cells = [(row.name, _value(row.value), _value(row.tolerance), row.verdict) for row in self.rows]
         failed = [row.name for row in self.rows if row.verdict.startswith("fail")]
         last = "all is well" if self.ok else f"{len(failed)} failed: {', '.join(failed)}"
-        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT)}\n\n{last}"
+        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT, width)}\n\n{last}"
 
 
 _HEADER = ("what", "value", "tolerance", "verdict")

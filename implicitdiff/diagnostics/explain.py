@@ -7,6 +7,7 @@ as LaTeX, as HTML or as a picture. The findings are those of `plan.analysis`; th
 """
 
 import html
+import textwrap
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from implicitdiff.diagnostics.backward_cost import BackwardCost, backward_cost
 from implicitdiff.diagnostics.held import Planned, plan_of
 from implicitdiff.diagnostics.latex import derivation_in_latex
 from implicitdiff.diagnostics.meter import format_bytes
-from implicitdiff.diagnostics.tables import pairs, require_matplotlib
+from implicitdiff.diagnostics.tables import WIDTH, pairs, require_matplotlib
 from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.structure.report import MatrixReport
@@ -88,9 +89,12 @@ class Explanation:
     code: str
 
     def __str__(self) -> str:
-        """A report for a person who wants to learn what was derived."""
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """A report for a person who wants to learn what was derived, in lines of at most `width` characters."""
         title = f"{self.problem}: {self.summary}" if self.summary else self.problem
-        return f"{title}\n\n{pairs(self._lines())}"
+        return f"{textwrap.fill(title, width)}\n\n{pairs(self._lines(), width)}"
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("sizes", self._sizes()), ("", "")]
