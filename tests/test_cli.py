@@ -1,4 +1,4 @@
-"""The command line: the commands' results as text and as JSON, its exit codes, no traceback for what a user can mend."""
+"""The command line: the commands' results as text and as JSON, exit codes, no traceback for what a user can mend."""
 
 import json
 import subprocess

@@ -80,8 +80,8 @@ def as_plain(value: Any) -> Any:
     """Dataclasses and named tuples as objects, numbers that JSON lacks (NaN, inf) as null, the rest by its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return as_plain(value._asdict())
+    if isinstance(value, tuple) and (names := getattr(type(value), "__annotations__", {})):
+        return {name: as_plain(getattr(value, name)) for name in names}  # a named tuple
     if isinstance(value, Mapping):
         return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -19,9 +19,8 @@ from torch import Tensor
 from implicitdiff.diagnostics.meter import measure
 from implicitdiff.diagnostics.traffic import tensors_in
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""What a second is; on a busy machine the processor's time of this process moves less than the wall clock."""
 clock = contextvars.ContextVar("clock", default=time.perf_counter)
+"""What a second is: the wall clock, unless a report says otherwise."""
 
 READING = 3e-3  # seconds: a shorter pass is repeated until a reading takes about that long
 SLOW = 1.0  # seconds for each round asked for; a pass that takes longer gets fewer rounds
