@@ -13,6 +13,7 @@ from implicitdiff.cli.commands.compare import compare
 from implicitdiff.cli.commands.completion import completion
 from implicitdiff.cli.commands.explain import explain
 from implicitdiff.cli.commands.list import list_names
+from implicitdiff.cli.commands.reproduce import reproduce
 
 _EPILOG = """\b
 PROBLEM is the name of a built-in problem (implicitdiff list problems), or a
@@ -34,5 +35,5 @@ def main() -> None:
     """Exact, structured gradients through the solutions of optimisation problems."""
 
 
-for command in (list_names, explain, check, compare, completion):
+for command in (list_names, explain, check, compare, reproduce, completion):
     main.add_command(command)

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from implicitdiff.diagnostics.contest import Row
-from implicitdiff.diagnostics.style import house_style, looks, new_figure
+from implicitdiff.diagnostics.style import house_style, log_scale, looks, new_figure
 from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.structure.report import MatrixReport
 
@@ -73,11 +73,13 @@ def plot_comparison(problem: str, rows: Sequence[Row]) -> Figure:
             if swept:
                 _lines(axes, ran, field)
                 axes.set_ylabel(label)
-                axes.set_yscale("log" if positive else "linear")
+                if positive:
+                    log_scale(axes.yaxis)
             else:
                 _dots(axes, ran, field)
                 axes.set_xlabel(label)
-                axes.set_xscale("log" if positive else "linear")
+                if positive:
+                    log_scale(axes.xaxis)
         if swept and ran:
             panels[-1].set_xlabel(f"{ran[0].setting[0][0]} (size)")
             handles, labels = panels[0].get_legend_handles_labels()
@@ -120,10 +122,7 @@ def _lines(axes: Any, rows: Sequence[Row], field: str) -> None:
         axes.plot(places, [getattr(row, field) or math.nan for row in points], label=label, **look)
     numbers = [row.setting[0][1] for row in rows]
     if all(isinstance(value, int | float) and value > 0 for value in numbers):
-        axes.set_xscale("log")
-        ticks = sorted(set(numbers))
-        axes.set_xticks(ticks, [f"{value:g}" for value in ticks], minor=False)
-        axes.minorticks_off()
+        log_scale(axes.xaxis, numbers)
 
 
 def _panels(figure: Figure, count: int) -> Sequence[Any]:

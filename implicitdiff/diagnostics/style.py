@@ -6,12 +6,14 @@ In: numbers of panels. Out: matplotlib Figures for a column of 8.5 cm, drawn wit
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 COLUMN = 8.5  # cm, the width of one column of a paper
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D00")
@@ -60,6 +62,45 @@ def looks() -> Iterator[dict[str, Any]]:
     """Colour and marker of one series after the other; the first eight differ in both."""
     series = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     return ({"color": colour, "marker": marker} for colour, marker in series)
+
+
+def log_scale(axis: Any, values: Iterable[float] | None = None) -> None:
+    """Make an axis (axes.xaxis, axes.yaxis) logarithmic with plain numbers at its ticks: exponents would be too small.
+
+    Args:
+        axis: Of a panel in which everything is drawn already.
+        values: Where the ticks are, thinned to a fifth of the axis apart; None: at 1 (and 2, 5) times powers of 10.
+    """
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+    if values is not None:
+        axis.set_major_locator(FixedLocator(_thinned(sorted(set(values)))))
+        return
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if 0 < low < high else 0.0
+    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.7 else (1.0, 2.0, 5.0), numticks=8))
+
+
+def plain_number(value: float) -> str:
+    """0.05, 20, 5000, 20k, 3M, 1e-07."""
+    if value >= 1e4:
+        power = min(int(math.log10(value) + 1e-9) // 3, 4)
+        return f"{value / 1000**power:g}{'kMGT'[power - 1]}"
+    return f"{value:g}"
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    if not values or values[0] <= 0:
+        return list(values)
+    span = math.log(values[-1] / values[0])
+    kept = [values[0]]
+    for value in values[1:]:
+        if math.log(value / kept[-1]) >= span / 5:
+            kept.append(value)
+    if kept[-1] != values[-1]:  # the last one counts more than its neighbour
+        kept[-1:] = [values[-1]] if len(kept) > 1 else [kept[-1], values[-1]]
+    return kept
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -15,6 +15,7 @@ from implicitdiff.cli.tool import tool
 from implicitdiff.diagnostics.tables import first_sentence, pairs
 from implicitdiff.plan import BACKWARDS
 from implicitdiff.problems import PENALTIES
+from implicitdiff.reproduce import names as experiments
 from implicitdiff.solvers import SOLVERS
 
 Names = dict[str, str]
@@ -74,6 +75,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], Names]]] = {
     "solvers": ("DeclarativeLayer(linear_solver=...)", _linear_solvers),
     "optimizers": ("DeclarativeLayer(optimizer=...); implicitdiff.optimizers", _optimizers),
     "estimators": ("DiscreteLayer(estimator=...); implicitdiff.combinatorial", _estimators),
+    "experiments": ("implicitdiff reproduce NAME", experiments),
     "discrete-solvers": ("DiscreteLayer(solver=...); implicitdiff.combinatorial", _discrete_solvers),
 }
 
@@ -85,7 +87,7 @@ def list_names(family: str | None, as_json: bool) -> None:
 
     \b
     FAMILY: problems, penalties, backwards, solvers, optimizers, estimators,
-    discrete-solvers; all of them if it is left out.
+    experiments, discrete-solvers; all of them if it is left out.
     """
     wanted = [family] if family else list(FAMILIES)
     if as_json:
