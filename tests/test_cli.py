@@ -201,6 +201,29 @@ def test_a_problem_of_the_users_own(own: str) -> None:
     assert "torch.sort(u)" in step["line"]
 
 
+def test_discrete_problems() -> None:
+    assert "argmin of <w, y>" in run("explain", "globe-tour", "-w", "cities=4").output
+    assert run_json("check", "subset-selection", "-w", "k=3")["ok"] is True
+    words = (
+        "compare",
+        "terrain-path",
+        "-w",
+        "height=3",
+        "-w",
+        "width=3",
+        "--rounds",
+        "1",
+        "-b",
+        "identity,blackbox:lam=2",
+    )
+    found = run_json(*words)
+    assert [row["estimator"] for row in found["rows"]][-1].startswith("Blackbox")
+    assert found["verdict"] in " ".join(run(*words).output.split()) or found["verdict"].startswith("fewest")
+    for more in (["-b", "blackbox"], ["-b", "auto"], ["--sizes", "n=3"], ["--plot", "x.svg"]):
+        run(*words[:2], *more, code=2)
+    run("explain", "globe-tour", "--code", code=2)
+
+
 def test_wrong_words_end_with_code_2(own: str, tmp_path: Path) -> None:
     for words, said in (
         (("explain", "nothing"), "robust-pooling"),

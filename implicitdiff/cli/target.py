@@ -18,29 +18,34 @@ import click
 
 from implicitdiff import Problem, problems
 from implicitdiff.cli.tool import USER_MODULE, Refused
+from implicitdiff.combinatorial import Solver
+
+KINDS = (Problem, Solver)
+"""What PROBLEM may be: a declared problem, or a discrete solver, which stands for its layer with Identity."""
 
 
-def builtin_problems() -> dict[str, type[Problem]]:
-    """The built-in problems by the names that the command line knows: robust-pooling, optimal-transport."""
-    classes = (getattr(problems, name) for name in problems.__all__)
-    found = [c for c in classes if isinstance(c, type) and issubclass(c, Problem)]
-    return {_dashed(c.__name__): c for c in sorted(found, key=lambda c: c.__name__)}
+def builtin_problems() -> dict[str, type[Problem] | type[Solver]]:
+    """The built-in problems by the names that the command line knows: declared ones first, then discrete ones."""
+    classes = [getattr(problems, name) for name in problems.__all__]
+    found = [c for c in classes if isinstance(c, type) and issubclass(c, KINDS)]
+    return {_dashed(c.__name__): c for c in sorted(found, key=lambda c: (issubclass(c, Solver), c.__name__))}
 
 
-def make_problem(word: str, options: Mapping[str, Any]) -> Problem:
-    """The problem that PROBLEM names, made with these options of its constructor.
+def make_problem(word: str, options: Mapping[str, Any]) -> Problem | Solver:
+    """The problem (or discrete solver) that PROBLEM names, made with these options of its constructor.
 
     Raises:
         click.UsageError: There is no such name, file or class.
         Refused: The file, or the constructor, raises an error.
     """
     found = _named(word)
-    if isinstance(found, Problem):
+    if isinstance(found, KINDS):
         if options:
             raise click.UsageError(f"{word} is an object already, so --with has nothing to set")
         return found
     try:
-        return found(**options)
+        made: Problem | Solver = found(**options)
+        return made
     except TypeError as error:
         takes = ", ".join(inspect.signature(found).parameters) or "nothing"
         remedy = f"it takes {takes}; pass values by --with name=value"
@@ -77,7 +82,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _named(word: str) -> type[Problem] | Problem:
+def _named(word: str) -> Any:
     known = builtin_problems()
     if _dashed(word) in known:
         return known[_dashed(word)]
@@ -91,15 +96,15 @@ def _named(word: str) -> type[Problem] | Problem:
     return _in_file(Path(path), name)
 
 
-def _in_file(path: Path, name: str) -> type[Problem] | Problem:
+def _in_file(path: Path, name: str) -> Any:
     if not path.is_file():
         raise click.UsageError(f"there is no file {path}")
     module = _load(path)
     own = {
         key: value
         for key, value in vars(module).items()
-        if (isinstance(value, type) and issubclass(value, Problem) and value.__module__ == module.__name__)
-        or isinstance(value, Problem)
+        if (isinstance(value, type) and issubclass(value, KINDS) and value.__module__ == module.__name__)
+        or isinstance(value, KINDS)
     }
     choices = (
         f"{path} declares {', '.join(own)}" if own else f"{path} declares no subclass of implicitdiff.Problem"

@@ -4,6 +4,8 @@ In: a problem, inputs, names of backwards. Out: a frozen `Comparison`: error, ti
 each. Times are taken in alternation with one thread; `contest.py` runs one row. See also `meter.py`.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import itertools
@@ -11,15 +13,20 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from implicitdiff.diagnostics.contest import Row, contest
+from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.examples import example_inputs
 from implicitdiff.diagnostics.tables import WIDTH, pairs, require_matplotlib, table
 from implicitdiff.diagnostics.verdict import HEADER, WIDE, cells, verdict_on
 from implicitdiff.errors import OptionError
 from implicitdiff.plan import BACKWARDS
 from implicitdiff.problem import Problem, require_problem
+
+if TYPE_CHECKING:
+    from implicitdiff.combinatorial import DiscreteLayer, Estimator, Solver
+    from implicitdiff.diagnostics.discrete.compare import DiscreteComparison
 
 DEFAULT = ("hand", "auto", "dense", "unrolled")
 Advance = Callable[[int, int, str], object]
@@ -105,6 +112,7 @@ class Comparison:
         return figure
 
 
+@overload
 def compare(
     problem: Problem,
     *inputs: Any,
@@ -116,7 +124,28 @@ def compare(
     memory_limit: int = 4 * 2**30,
     flop_limit: float = 2e12,
     advance: Advance | None = None,
-) -> Comparison:
+) -> Comparison: ...
+@overload
+def compare(
+    problem: DiscreteLayer | Solver,
+    *inputs: Any,
+    in_dims: Any = 0,
+    backwards: Sequence[Estimator] = (),
+    cotangent: Any = None,
+    rounds: int = 9,
+) -> DiscreteComparison: ...
+def compare(
+    problem: Problem | DiscreteLayer | Solver,
+    *inputs: Any,
+    in_dims: Any = 0,
+    backwards: Sequence[Any] = DEFAULT,
+    cotangent: Any = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    rounds: int = 9,
+    memory_limit: int = 4 * 2**30,
+    flop_limit: float = 2e12,
+    advance: Advance | None = None,
+) -> Comparison | DiscreteComparison:
     """Run several backward passes of one problem at the same solution and compare them.
 
     Without inputs it runs on the problem's own `example`; with `sweep={"n": [16, 64, 256]}` on `example(n=16)`,
@@ -131,11 +160,13 @@ def compare(
     times: call torch.set_flush_denormal(True) before.
 
     Args:
-        problem: The declared problem.
+        problem: The declared problem. Of a `DiscreteLayer` or a discrete solver estimators are compared: see
+            `diagnostics/discrete/compare.py`; `sweep` and the limits do not apply.
         inputs: As for the layer; none: the problem's `example`. With `sweep` none, or one function that makes
             them, `make(**setting) -> tuple of inputs`.
         in_dims: As for the layer.
-        backwards: Names as for the layer's `backward=`; the ratio is taken to the first that runs.
+        backwards: Names as for the layer's `backward=` (of a discrete layer: estimators); the ratio is taken
+            to the first that runs.
         cotangent: A pytree like u; None: standard normal numbers, seeded.
         sweep: {name: values}: compare at every combination, as `compare(p, sweep={"n": [16, 64, 256]})`, or
             `compare(p, lambda n: (torch.randn(8, 3, n),), sweep={"n": [16, 64, 256]})`.
@@ -153,7 +184,15 @@ def compare(
         ProblemDefinitionError: No inputs, and no `example` to take their place.
         ImplicitDiffError: The problem cannot be solved for these inputs.
     """
-    require_problem(problem)
+    layer = as_discrete(problem)
+    if layer is not None:
+        from implicitdiff.diagnostics.discrete.compare import compare_discrete
+
+        if sweep is not None:
+            raise OptionError("sweep= is not there for discrete layers: call compare for each setting")
+        chosen = () if backwards is DEFAULT else tuple(backwards)
+        return compare_discrete(layer, inputs, in_dims, chosen, cotangent, rounds)
+    problem = require_problem(problem)
     for name in backwards:
         if name not in BACKWARDS:
             raise OptionError(f"backwards={name!r} does not exist; choose from {', '.join(BACKWARDS)}")

@@ -11,35 +11,28 @@ from implicitdiff.errors import OptionError, ProblemDefinitionError
 from implicitdiff.problem import Problem, require_problem
 
 
-def example_sizes(problem: Problem) -> dict[str, Any]:
-    """The sizes that `problem.example` takes, with their defaults (None where there is none)."""
-    if not problem.declares("example"):
-        return {}
-    parameters = inspect.signature(problem.example).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: None if p.default is p.empty else p.default for p in parameters if p.kind in named}
-
-
-def example_inputs(problem: Problem, sizes: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+def example_inputs(problem: Any, sizes: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
     """`problem.example(**sizes)` as a tuple.
 
     Args:
-        problem: A problem that declares `example`, as in `def example(self, batch=3, n=9): ...`.
+        problem: A problem, or a discrete solver, with an `example`, as in `def example(self, batch=3, n=9): ...`.
         sizes: Some of its keywords; None or empty: its defaults.
 
     Raises:
         ProblemDefinitionError: It declares no example, or the example is no tuple of inputs.
         OptionError: `example` has no keyword of that name.
     """
-    require_problem(problem)
     name, sizes = type(problem).__name__, dict(sizes or {})
-    if not problem.declares("example"):
+    if isinstance(problem, Problem):
+        require_problem(problem)
+    has = problem.declares("example") if isinstance(problem, Problem) else hasattr(problem, "example")
+    if not has:
         raise ProblemDefinitionError(
             f"{name} declares no example, so there are no inputs to try it on: add a method "
             "example(self, batch=3, n=9) that returns a tuple of batched inputs, or pass the inputs"
         )
     parameters = inspect.signature(problem.example).parameters.values()
-    known = example_sizes(problem)
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     unknown = [size for size in sizes if size not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         takes = f"it takes {', '.join(known)}" if known else "it takes no sizes"

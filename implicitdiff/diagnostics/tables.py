@@ -108,4 +108,4 @@ def write_csv(path: Path, rows: Sequence[Any], kind: type) -> None:
 def first_sentence(documented: object) -> str:
     """The first sentence of a docstring on one line, without its full stop; "" without a docstring."""
     paragraph = (getattr(documented, "__doc__", None) or "").strip().partition("\n\n")[0]
-    return re.split(r"\.\s", " ".join(paragraph.split()) + " ", maxsplit=1)[0].strip()
+    return re.split(r"(?<!s\.t)\.\s", " ".join(paragraph.split()) + " ", maxsplit=1)[0].strip()

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 import implicitdiff as idf
+from implicitdiff import combinatorial
 from implicitdiff.cli import output
 from implicitdiff.cli.arguments import takes_problem
+from implicitdiff.cli.commands.list import estimator_names
 from implicitdiff.cli.target import lists, make_problem, pairs
 from implicitdiff.cli.tool import tool
 from implicitdiff.diagnostics.compare import DEFAULT
@@ -26,7 +28,8 @@ from implicitdiff.plan import BACKWARDS
 )
 @click.option(
     "--backward", "-b", "backwards", multiple=True, metavar="NAME",
-    help=f"Backward passes: {', '.join(BACKWARDS)}; may be repeated, or separated by commas.",
+    help=f"Backward passes: {', '.join(BACKWARDS)}; of a discrete problem: estimators. May be "
+    "repeated, or separated by commas.",
 )  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Readings of each time.")
 @click.option("--csv", "csv", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows as CSV.")
@@ -52,8 +55,13 @@ def compare(
     """
     if plot is not None:
         require_matplotlib("--plot")  # before the work, not after it
-    chosen = make_problem(problem, pairs(options, "--with"))
-    names = [name for word in backwards for name in word.split(",") if name] or list(DEFAULT)
+    chosen: Any = make_problem(problem, pairs(options, "--with"))
+    names: Any = [name for word in backwards for name in word.split(",") if name]
+    if not isinstance(chosen, idf.Problem):
+        if swept or plot:
+            raise click.UsageError(f"{problem} is discrete: --sizes and --plot are for declared problems")
+        names = [_estimator(name) for name in names]
+    names = names or DEFAULT
     fixed, sweep = pairs(sizes, "--size"), lists(swept, "--sizes")
 
     def make(**setting: Any) -> tuple[Any, ...]:
@@ -61,7 +69,9 @@ def compare(
 
     with output.progress("compare") as advance:
         if sweep:
-            found = idf.compare(chosen, make, sweep=sweep, backwards=names, rounds=rounds, advance=advance)
+            found: Any = idf.compare(
+                chosen, make, sweep=sweep, backwards=names, rounds=rounds, advance=advance
+            )
         else:
             found = idf.compare(chosen, *make(), backwards=names, rounds=rounds)
     if csv is not None:
@@ -74,3 +84,16 @@ def compare(
         output.print_json({**output.as_plain(found), "verdict": found.verdict})
     else:
         output.report(found.text(output.width()))
+
+
+def _estimator(word: str) -> combinatorial.Estimator:
+    """The estimator that `blackbox:lam=2` names, with these arguments."""
+    name, *settings = word.split(":")
+    kinds = {key.lower(): getattr(combinatorial, key) for key in estimator_names()}
+    if name.lower() not in kinds:
+        raise click.UsageError(f"there is no estimator {name!r}: choose from {', '.join(estimator_names())}")
+    try:
+        made: combinatorial.Estimator = kinds[name.lower()](**pairs(tuple(settings), "--backward"))
+    except TypeError as error:
+        raise click.UsageError(f"{word}: {error}; give arguments as in blackbox:lam=2") from error
+    return made

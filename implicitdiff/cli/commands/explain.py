@@ -4,6 +4,7 @@ In: PROBLEM. Out: the report of `idf.explain` at the sizes asked for, or its cod
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from implicitdiff.cli import output
 from implicitdiff.cli.arguments import takes_problem
 from implicitdiff.cli.target import make_problem, pairs
 from implicitdiff.cli.tool import tool
+from implicitdiff.diagnostics import Explanation
 from implicitdiff.diagnostics.examples import example_inputs
 
 
@@ -46,7 +48,11 @@ def explain(
     if code and latex:
         raise click.UsageError("--code and --latex both want the standard output: ask for one of them")
     chosen = make_problem(problem, pairs(options, "--with"))
-    found = idf.explain(chosen, *example_inputs(chosen, pairs(sizes, "--size")))
+    found: Any = idf.explain(chosen, *example_inputs(chosen, pairs(sizes, "--size")))
+    if not isinstance(found, Explanation) and (code or latex or html or plot):
+        raise click.UsageError(
+            f"{problem} is discrete: --code, --latex, --html and --plot are for declared problems"
+        )
     if html is not None:
         html.write_text(found.to_html(), encoding="utf-8")
         output.note(f"written: {html}")

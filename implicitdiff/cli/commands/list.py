@@ -51,7 +51,8 @@ def _optimizers() -> Names:
             and c.__name__ not in ("Progress", "Wolfe")}  # fmt: skip
 
 
-def _estimators() -> Names:
+def estimator_names() -> Names:
+    """The estimators of discrete layers."""
     return _subclasses(combinatorial.Estimator)
 
 
@@ -74,7 +75,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], Names]]] = {
     "backwards": ("DeclarativeLayer(backward=...)", _backwards),
     "solvers": ("DeclarativeLayer(linear_solver=...)", _linear_solvers),
     "optimizers": ("DeclarativeLayer(optimizer=...); implicitdiff.optimizers", _optimizers),
-    "estimators": ("DiscreteLayer(estimator=...); implicitdiff.combinatorial", _estimators),
+    "estimators": ("DiscreteLayer(estimator=...); implicitdiff.combinatorial", estimator_names),
     "experiments": ("implicitdiff reproduce NAME", experiments),
     "discrete-solvers": ("DiscreteLayer(solver=...); implicitdiff.combinatorial", _discrete_solvers),
 }
