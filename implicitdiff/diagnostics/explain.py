@@ -8,6 +8,7 @@ as LaTeX, as HTML or as a picture. The findings are those of `plan.analysis`; th
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -18,7 +19,7 @@ from implicitdiff.diagnostics.held import Planned, plan_of
 from implicitdiff.diagnostics.latex import derivation_in_latex
 from implicitdiff.diagnostics.meter import format_bytes
 from implicitdiff.diagnostics.page import framed, page_of
-from implicitdiff.diagnostics.tables import pairs, require_matplotlib
+from implicitdiff.diagnostics.tables import WIDTH, pairs, require_matplotlib
 from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.structure.drawing import Drawing
@@ -101,9 +102,12 @@ class Explanation:
     drawing: Drawing = field(default=Drawing((), ()), repr=False)
 
     def __str__(self) -> str:
-        """A report for a person who wants to learn what was derived."""
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """A report for a person who wants to learn what was derived, in lines of at most `width` characters."""
         title = f"{self.problem}: {self.summary}" if self.summary else self.problem
-        return f"{title}\n\n{pairs(self._lines())}"
+        return f"{textwrap.fill(title, width)}\n\n{pairs(self._lines(), width)}"
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("sizes", self.sizes), ("", "")]

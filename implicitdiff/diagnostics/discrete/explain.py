@@ -7,6 +7,7 @@ In: a `DiscreteLayer` and costs, with or without data. Out: a frozen `DiscreteEx
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from implicitdiff.combinatorial import DiscreteLayer, Perturbed, check_invarianc
 from implicitdiff.combinatorial.estimator import Estimator
 from implicitdiff.diagnostics.discrete import only_cost
 from implicitdiff.diagnostics.page import document, framed, rows
-from implicitdiff.diagnostics.tables import pairs
+from implicitdiff.diagnostics.tables import WIDTH, pairs
 from implicitdiff.errors import ProjectionError
 
 REPLACEMENT = "a replacement: the derivative of y(w) is zero almost everywhere"
@@ -69,8 +70,13 @@ class DiscreteExplanation:
     modes: str
 
     def __str__(self) -> str:
-        """A report for a person."""
-        return f"{self.solver} with {self.estimator}: {self.summary}\n\n{pairs(self._lines())}"
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """A report for a person, in lines of at most `width` characters."""
+        title = f"{self.solver} with {self.estimator}: {self.summary}"
+        title = textwrap.fill(title, width) if width < WIDTH else title
+        return f"{title}\n\n{pairs(self._lines(), width)}"
 
     def _lines(self) -> list[tuple[str, str]]:
         size = math.prod(self.shape)
