@@ -26,11 +26,13 @@ from implicitdiff.diagnostics.declared import (
 )
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
+from implicitdiff.diagnostics.one_sided import one_sided
 from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
 from implicitdiff.diagnostics.tables import number, table
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
+from implicitdiff.records import record
 from implicitdiff.status import Status
 from implicitdiff.torch_private import pytree
 
@@ -101,6 +103,11 @@ class _Rows:
         verdict = "ok" if holds else "fail"
         self.rows.append(CheckRow(name, value, tolerance, f"{verdict}: {remark}" if remark else verdict))
 
+    def one_sided(self, name: str, below: float, above: float) -> None:
+        """The two derivatives at a point where the solution has none; it fails, because a gradient would be wrong."""
+        said = f"fail: NOT_REGULAR: {below:.3g} from below, {above:.3g} from above"
+        self.rows.append(CheckRow(f"one-sided derivatives: {name}", above - below, math.nan, said))
+
     def failed(self, name: str, reason: object) -> None:
         """A statement that could not be tried though it should have been possible."""
         self.rows.append(CheckRow(name, math.nan, math.nan, f"fail: {_line(reason)}"))
@@ -127,8 +134,10 @@ def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
     steps that make the solution exact for all that follows), "LICQ" (least over largest singular value of A
     with rows of length one), "second order" (least over largest eigenvalue of H along the constraints),
     "finite differences" of the solution map through the layer (one direction per input), "structured against
-    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. Signs
-    of inequality multipliers come with inequalities.
+    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. At a kink
+    (NOT_REGULAR) "one-sided derivatives" of <v, u> take the place of the last three: one direction d for each input,
+    the derivative along it from below and from above, and their difference as the value. Signs of inequality
+    multipliers come with inequalities.
 
     Args:
         problem: The declared problem.
@@ -266,11 +275,15 @@ def _derivatives(
     if not wanted:
         rows.not_run("gradients", "no input is floating and no Parameter requires a gradient")
         return
-    try:
-        found = _layer_gradients(held, moved, in_dims, v, wanted)
-    except ImplicitDiffError as error:
-        rows.failed("gradient through the layer", error)
-        return
+    with record() as log:
+        try:
+            found = _layer_gradients(held, moved, in_dims, v, wanted)
+        except ImplicitDiffError as error:
+            rows.failed("gradient through the layer", error)
+            if any(event.kind == Status.NOT_REGULAR.name for event in log):
+                for name, below, above in one_sided(twin, inputs, in_dims, u, v):
+                    rows.one_sided(name, below, above)
+            return
     by_leaf = iter(found)
     gradients = [next(by_leaf) if t.requires_grad else torch.zeros_like(t) for t in declared.moving]
     for name, value, remark in directional(twin, inputs, in_dims, u, v, gradients, null):
