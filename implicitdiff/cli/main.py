@@ -14,6 +14,7 @@ from implicitdiff.cli.commands.completion import completion
 from implicitdiff.cli.commands.explain import explain
 from implicitdiff.cli.commands.list import list_names
 from implicitdiff.cli.commands.reproduce import reproduce
+from implicitdiff.cli.commands.walkthrough import walkthrough
 
 _EPILOG = """\b
 PROBLEM is the name of a built-in problem (implicitdiff list problems), or a
@@ -35,5 +36,5 @@ def main() -> None:
     """Exact, structured gradients through the solutions of optimisation problems."""
 
 
-for command in (list_names, explain, check, compare, reproduce, completion):
+for command in (list_names, explain, check, compare, walkthrough, reproduce, completion):
     main.add_command(command)

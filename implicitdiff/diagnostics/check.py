@@ -19,7 +19,6 @@ from implicitdiff.diagnostics.check_report import CheckReport, Rows
 from implicitdiff.diagnostics.declared import (
     Declared,
     double,
-    floating,
     gradient,
     jacobian,
     moving_names,
@@ -30,7 +29,7 @@ from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.one_sided import one_sided
-from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
+from implicitdiff.diagnostics.reference import LIMIT, Reference, made_consistent, polish, relative_error, worse
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
@@ -185,7 +184,7 @@ def _derivatives(
             f"m + p = {declared.size + declared.constraints} is more than {LIMIT}: try smaller inputs",
         )
         return
-    inputs = _made_consistent(inputs, Reference(declared))
+    inputs = made_consistent(inputs, Reference(declared))
     declared = Declared(twin, inputs, in_dims, solution.u)
     u, step = polish(declared)
     rows.upper("refined in float64", step, 1e-8)
@@ -221,12 +220,6 @@ def _derivatives(
     rows.upper("structured against dense", relative_error(gradients, truth, null), GRADIENT_TOLERANCE)
     if problem.declares("vjp"):
         _own_vjp(rows, twin, u, v, inputs, in_dims, truth, null, planned)
-
-
-def _made_consistent(inputs: Sequence[Any], reference: Reference) -> tuple[Any, ...]:
-    """The inputs, moved by what float32 rounding made dependent constraints inconsistent by."""
-    change = iter(reference.consistency())
-    return tuple(pytree.tree_map(lambda leaf: leaf + next(change) if floating(leaf) else leaf, tuple(inputs)))
 
 
 def _regularity(rows: Rows, reference: Reference, planned: Planned) -> None:

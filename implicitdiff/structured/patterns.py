@@ -87,7 +87,7 @@ def _entry(entry: Entry, rows: tuple[int, ...], columns: tuple[int, ...]) -> Ten
 def _axis(offset: int | None, rows: int, columns: int) -> Tensor:
     if offset is None:
         return torch.ones(rows, columns, dtype=torch.int64, device=HOST)
-    at = torch.arange(columns, device=HOST)[None] - torch.arange(rows, device="cpu")[:, None]
+    at = torch.arange(columns, device=HOST)[None] - torch.arange(rows, device=HOST)[:, None]
     return (at == offset).to(torch.int64)
 
 
