@@ -255,8 +255,8 @@ class StructuredPlan:
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
-        singular = status == Status.SINGULAR
-        if not bool(singular.any()) or self.recipes.whole_is_too_large:
+        singular = merge.unsolved(status, self.declared)
+        if singular is None or self.recipes.whole_is_too_large:
             return None
         return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 
