@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.diagnostics.declared import flat_dims, floating
+from implicitdiff.graph.active import default_masks
 from implicitdiff.graph.trace import variable_example
 from implicitdiff.inputs import Bound, bind
 from implicitdiff.layer.discover import solved_example
@@ -53,7 +54,8 @@ def plan_of(problem: Problem, inputs: Sequence[Any], in_dims: Any, backward: str
     # The variables' shapes come from init, or from solve where there is none (which needs data).
     example = variable_example(problem, bound) if problem.declares("init") else solved_example(problem, bound)
     plan = plan_for(problem, bound, example.leaves, example.spec, backward=backward)
-    return Planned(plan, bound, plan.trace.theta(bound))
+    masks = default_masks(plan.trace, bound.batch, bound.device)
+    return Planned(plan, bound, (*plan.trace.theta(bound), *masks))
 
 
 def held_at(problem: Problem, solution: Solution) -> Problem:

@@ -48,6 +48,7 @@ class DeclarativeLayer(torch.nn.Module):
         on_failure: str = "raise",
         optimality_tol: float | None = None,
         compile: bool = False,
+        tie: str = "inactive",
     ) -> None:
         """Check the options and keep them.
 
@@ -66,11 +67,13 @@ class DeclarativeLayer(torch.nn.Module):
                 other samples); "damp" (regularise, with a warning).
             optimality_tol: relative tolerance of the check that u is optimal; None: sqrt(eps) of the dtype.
             compile: asks for a compiled backward; for now it runs eagerly, with equal results and a warning.
+            tie: at a weakly active inequality or bound (active, with a multiplier of 0) u has two one-sided
+                derivatives: "inactive" takes that of the constraint left out, "active" that of it kept as an equality,
+                "average" the mean of both.
 
         Raises:
             ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
             OptionError: an option has a value that does not exist; the message lists those that do.
-            NotSupportedYetError: the problem declares inequality or bounds.
 
         Warns:
             FallbackWarning: for compile=True.
@@ -87,6 +90,7 @@ class DeclarativeLayer(torch.nn.Module):
             backward=backward,
             on_failure=on_failure,
             optimality_tol=optimality_tol,
+            tie=tie,
         )
         self.options.check(self.problem)
 
@@ -138,6 +142,7 @@ def solve(
     on_failure: str = "raise",
     optimality_tol: float | None = None,
     compile: bool = False,
+    tie: str = "inactive",
 ) -> Solution:
     """Solve every sample: `DeclarativeLayer(problem, ...).solve(*inputs, init=init)` as a function.
 
@@ -152,6 +157,7 @@ def solve(
         on_failure: see `DeclarativeLayer`.
         optimality_tol: see `DeclarativeLayer`.
         compile: see `DeclarativeLayer`.
+        tie: see `DeclarativeLayer`.
 
     Returns:
         Solution, differentiable in u, the multipliers and the value.
@@ -165,6 +171,7 @@ def solve(
         backward=backward,
         on_failure=on_failure,
         optimality_tol=optimality_tol,
+        tie=tie,
     )
     if torch.compiler.is_compiling():
         return solution_in_graph(problem, options, inputs, init, with_value=True)

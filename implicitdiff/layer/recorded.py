@@ -56,6 +56,7 @@ def solution_in_graph(
         options.backward,
         options.on_failure,
         options.optimality_tol,
+        options.tie,
     )
     leaves = _node(number, with_value, tensors, inputs, init)
     return _assembled(leaves, _layout(number))
@@ -176,9 +177,10 @@ def _number(
     backward: str,
     on_failure: str,
     optimality_tol: float | None,
+    tie: str,
 ) -> int:
     problem = problem_of(which)
-    options = Options(in_dims, optimizer, linear_solver, backward, on_failure, optimality_tol)
+    options = Options(in_dims, optimizer, linear_solver, backward, on_failure, optimality_tol, tie)
     options.check(problem)
     owner = weakref.ref(problem)
 
