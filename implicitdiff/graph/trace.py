@@ -51,6 +51,11 @@ class Placeholder:
     dtype: torch.dtype
     batched: bool
 
+    @property
+    def moves(self) -> bool:
+        """Whether it can have a derivative: floating, and no mask."""
+        return self.dtype.is_floating_point and self.role != "mask"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedFunction:

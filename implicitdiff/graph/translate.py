@@ -135,9 +135,7 @@ class _Translator:
         self.placeholder_values: list[Value] = []
         for placeholder, name, sizes in zip(trace.placeholders, names, axes, strict=True):
             prefix = BATCHED if placeholder.batched else UNBATCHED
-            # a mask is constant: nothing asks for its derivative
-            moves = placeholder.dtype.is_floating_point and placeholder.role != "mask"
-            ref = self.build.leaf(name, sizes, prefix, differentiable=moves)
+            ref = self.build.leaf(name, sizes, prefix, differentiable=placeholder.moves)
             self.leaves.append(Leaf(placeholder, name, tuple(sizes), ref.node))
             self.placeholder_values.append(Value(ref, self._grouped(ref, placeholder.shape)))
 
