@@ -21,7 +21,8 @@ from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.errors import InputError, SolutionError
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind
-from implicitdiff.layer.prepare import Options, Prepared, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import Prepared, prepare
 from implicitdiff.operators import LinearOperator
 from implicitdiff.plan import plan_for
 from implicitdiff.problem import Problem, require_problem

@@ -1,7 +1,6 @@
 """`explain`: the fields of the contract, the report, and the cost it claims for one backward pass."""
 
 import dataclasses
-import inspect
 import sys
 
 import pytest

@@ -29,7 +29,14 @@ from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.one_sided import one_sided
-from implicitdiff.diagnostics.reference import LIMIT, Reference, made_consistent, polish, relative_error, worse
+from implicitdiff.diagnostics.reference import (
+    LIMIT,
+    Reference,
+    made_consistent,
+    polish,
+    relative_error,
+    worse,
+)
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem

@@ -75,7 +75,7 @@ class StructuredPlan:
         dtype = next(p.dtype for p in trace.placeholders if p.dtype.is_floating_point)
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
-        self.declared = Declared(program, [tuple(shape) for shape in outputs])
+        self.declared = Declared(program, [tuple(shape) for shape in outputs], trace.corner)
         declared = self.declared
         form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
         self.recipes = Recipes(self.declared, form, linear_solver, dtype)
@@ -84,7 +84,7 @@ class StructuredPlan:
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         self.probe = Probe(self.recipes, self.writer, dense)
-        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        floating = [leaf.placeholder.moves for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
