@@ -76,6 +76,11 @@ class Rows:
         verdict = "ok" if holds else "fail"
         self.rows.append(CheckRow(name, value, tolerance, f"{verdict}: {remark}" if remark else verdict))
 
+    def one_sided(self, name: str, below: float, above: float) -> None:
+        """The two derivatives at a point where the solution has none; it fails, because a gradient would be wrong."""
+        said = f"fail: NOT_REGULAR: {below:.3g} from below, {above:.3g} from above"
+        self.rows.append(CheckRow(f"one-sided derivatives: {name}", above - below, math.nan, said))
+
     def failed(self, name: str, reason: object) -> None:
         """A statement that could not be tried though it should have been possible."""
         self.rows.append(CheckRow(name, math.nan, math.nan, f"fail: {_line(reason)}"))
