@@ -7,6 +7,7 @@ first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autogra
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,7 +21,7 @@ from implicitdiff.derivatives.autodiff import ApproximatePlan, AutodiffPlan
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
-from implicitdiff.errors import OptionError
+from implicitdiff.errors import FallbackWarning, OptionError
 from implicitdiff.graph.ir import Unsupported
 from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.trace import Trace, trace_problem
@@ -102,6 +103,7 @@ def plan_for(
     *,
     backward: str = "auto",
     linear_solver: str = "auto",
+    compiled: bool = False,
 ) -> Plan:
     """The plan of a call: from the cache, or derived now.
 
@@ -112,6 +114,7 @@ def plan_for(
         variable_spec: their structure.
         backward: the layer's option; it decides which kind of plan is made.
         linear_solver: the layer's option.
+        compiled: the layer's option `compile`.
 
     Returns:
         The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need gradients, training,
@@ -126,7 +129,7 @@ def plan_for(
     needs = tuple(tensor.requires_grad for tensor in (*bound.leaves, *bound.tensors))
     shapes = tuple((tuple(leaf.shape), leaf.dtype, str(leaf.device)) for leaf in variables)
     traced = ("trace", bound.signature, shapes, describe(variable_spec))
-    planned = ("plan", *traced, needs, backward, linear_solver)
+    planned = ("plan", *traced, needs, backward, linear_solver, compiled)
 
     def derive() -> Plan:
         trace = _TRACES.get(
@@ -137,7 +140,7 @@ def plan_for(
             *(tensor.requires_grad for tensor in bound.tensors),
         )
         with clean_context():  # a plan outlives the graph that is being recorded, if one is
-            return _build(trace, backward, linear_solver, shown)
+            return _build(trace, backward, linear_solver, shown, compiled=compiled)
 
     return _PLANS.get(problem, planned, derive)
 
@@ -174,7 +177,9 @@ def check_options(backward: str, linear_solver: str) -> None:
             raise OptionError(f"{option}={name!r} does not exist; choose one of {', '.join(known)}")
 
 
-def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = ()) -> Plan:
+def _build(
+    trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = (), *, compiled: bool = False
+) -> Plan:
     """Choose the kind of plan for a trace; `shown` are the theta whose gradients the report's code computes."""
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "matrix-free":
@@ -184,12 +189,23 @@ def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool
     if backward != "dense":
         try:
             dense = AutodiffPlan(trace, unstructured(trace, "dense", "lu", ()))
-            return StructuredPlan(trace, linear_solver, dense, shown)
+            return StructuredPlan(trace, linear_solver, dense, shown, compiled=compiled)
         except Unsupported as refusal:
+            if compiled:
+                not_compiled(f"{refusal.operation or 'the problem'} is not covered: {refusal.reason}")
             fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
         if _dense_bytes(trace) > DENSE_BYTES:
             return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+
+
+def not_compiled(reason: str) -> None:
+    """Warn that compile=True has no effect."""
+    warnings.warn(
+        f"compile=True: nothing is compiled, since no code is emitted: {reason}",
+        FallbackWarning,
+        stacklevel=2,
+    )
 
 
 def _dense_bytes(trace: Trace) -> int:

@@ -34,7 +34,7 @@ from implicitdiff.layer.discover import solved_example
 from implicitdiff.layer.hand import hand_vjp
 from implicitdiff.optimality import tolerance
 from implicitdiff.optimizers.forward import ForwardResult, solve_forward
-from implicitdiff.plan import Plan, check_options, plan_for, with_batched
+from implicitdiff.plan import Plan, check_options, not_compiled, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import flatten_like, unflatten
 from implicitdiff.records import open_records
@@ -54,12 +54,15 @@ class Options:
     backward: str = "auto"
     on_failure: str = "raise"
     optimality_tol: float | None = None
+    compile: bool = False
 
     def check(self, problem: Problem) -> None:
         """Raise for a value that does not exist, or that this problem does not support."""
         check_options(self.backward, self.linear_solver)
         validate_policy(self.on_failure)
         tolerance(torch.float64, self.optimality_tol)
+        if self.compile and self.backward != "auto":
+            not_compiled(f"backward={self.backward!r} is no emitted pass; use backward='auto'")
         if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):
             raise OptionError(
                 f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
@@ -309,7 +312,13 @@ def prepare(
 
 def _plan(problem: Problem, bound: Bound, example: Example, options: Options, backward: str) -> Plan:
     return plan_for(
-        problem, bound, example.leaves, example.spec, backward=backward, linear_solver=options.linear_solver
+        problem,
+        bound,
+        example.leaves,
+        example.spec,
+        backward=backward,
+        linear_solver=options.linear_solver,
+        compiled=options.compile,
     )
 
 

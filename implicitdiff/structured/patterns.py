@@ -19,6 +19,7 @@ from implicitdiff.graph.ir import Ref
 from implicitdiff.graph.maps import start_and_step
 from implicitdiff.structure.drawing import FULL, SPLIT, Pattern
 from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.torch_private import HOST
 
 CELLS = 36
 """Rows or columns of one block that are shown at most."""
@@ -69,14 +70,14 @@ def _word(entry: Entry) -> str:
 
 def _entry(entry: Entry, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
     """One block: the strongest statement of its parts for each cell."""
-    cells = torch.zeros(math.prod(rows), math.prod(columns), dtype=torch.int64, device="cpu")
+    cells = torch.zeros(math.prod(rows), math.prod(columns), dtype=torch.int64, device=HOST)
     if entry.low_rank:
         cells.fill_(SPLIT)
     if entry.dense:
         cells.fill_(FULL)
     if len(rows) == len(columns):
         for band in entry.tied(len(rows)):
-            tied = torch.ones(1, 1, dtype=torch.int64, device="cpu")
+            tied = torch.ones(1, 1, dtype=torch.int64, device=HOST)
             for offset, r, c in zip(band.offsets, rows, columns, strict=True):
                 tied = torch.kron(tied, _axis(offset, r, c))
             cells = torch.maximum(cells, FULL * tied)
@@ -85,8 +86,8 @@ def _entry(entry: Entry, rows: tuple[int, ...], columns: tuple[int, ...]) -> Ten
 
 def _axis(offset: int | None, rows: int, columns: int) -> Tensor:
     if offset is None:
-        return torch.ones(rows, columns, dtype=torch.int64, device="cpu")
-    at = torch.arange(columns, device="cpu")[None] - torch.arange(rows, device="cpu")[:, None]
+        return torch.ones(rows, columns, dtype=torch.int64, device=HOST)
+    at = torch.arange(columns, device=HOST)[None] - torch.arange(rows, device=HOST)[:, None]
     return (at == offset).to(torch.int64)
 
 
@@ -156,7 +157,7 @@ def _block(
             if label in lengths and place is None:
                 lengths[label] = columns[axis]  # one axis for both sides: cut it once
     rows = [lengths[k] for k in constraint.labels]
-    cells = torch.zeros(*rows, *columns, dtype=torch.int64, device="cpu")
+    cells = torch.zeros(*rows, *columns, dtype=torch.int64, device=HOST)
     for term in terms:
         here = torch.full_like(cells, FULL)
         for axis, (label, place) in enumerate(zip(term.columns, term.places, strict=True)):
@@ -177,7 +178,7 @@ def _reach(axis: int, dims: int, size: int) -> Tensor:
     """0, 1, ... along one of `dims` axes."""
     shape = [1] * dims
     shape[axis] = size
-    return torch.arange(size, device="cpu").reshape(shape)
+    return torch.arange(size, device=HOST).reshape(shape)
 
 
 def _pattern(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class Applied(nn.Module):
         """Solutions; in training with the method's margin. `target` is what an informed margin needs."""
         method = self.method
         if not self.training:
-            return torch.as_tensor(self.layer(cost))
+            return cast(Tensor, self.layer(cost))
         if method.projection != "none":
             cost = project(self.solver, cost, method.projection)
         if method.informed and target is not None:
@@ -135,7 +136,7 @@ class Applied(nn.Module):
             cost = informed_margin(cost / scale, target, method.informed, self.solver.sense) * scale
         if method.margin:
             cost = cost + Rademacher(method.margin).draw(cost.detach(), self.generator)
-        return torch.as_tensor(self.layer(cost))
+        return cast(Tensor, self.layer(cost))
 
     def _scale(self, cost: Tensor) -> Tensor | float:
         norms = isinstance(self.method.estimator, Identity) and self.method.estimator.projection in (

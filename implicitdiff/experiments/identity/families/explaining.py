@@ -7,6 +7,7 @@ In: a method and a seed. Out: the error of the prediction, and how many of the c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from implicitdiff.experiments.identity.family import Family, Ordering
 from implicitdiff.experiments.identity.results import Point, Run
 from implicitdiff.experiments.identity.training import Watch, batches, mean_norm
 from implicitdiff.problems import SubsetSelection
+from implicitdiff.torch_private import HOST
 
 WORDS, ASPECT, LENGTH, RELEVANT, CHOSEN, WIDTH = 400, 60, 40, 5, 5, 24
 TRAINING, TEST, EPOCHS, BATCH, RATE, TAU = 2400, 600, 12, 60, 1.5e-3, 5.0
@@ -63,7 +65,7 @@ class Explainer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        embedding = torch.randn(WORDS, WIDTH)
+        embedding = torch.randn(WORDS, WIDTH, device=HOST)
         # As in embeddings that were trained on text, words of a kind lie together: one direction for having a
         # sentiment, one for which.
         embedding[:ASPECT, 0] += 1.5
@@ -90,7 +92,7 @@ class Explainer(nn.Module):
         return torch.sigmoid(self.predictor(mean))[:, 0]
 
     def _seen(self, words: Tensor) -> Tensor:
-        return torch.as_tensor(self.embedding)[words]
+        return cast(Tensor, self.embedding)[words]
 
 
 def train(method: Method, seed: int, quick: bool) -> Run:

@@ -72,7 +72,8 @@ def trainer(disturbance: float):  # type: ignore[no-untyped-def]
                 lengths = _lengths(net, data, batch, solver)
                 found = applied(lengths)
                 if disturbance:
-                    noise = disturbance / BATCH * torch.randn(lengths.shape, generator=generator)
+                    drawn = torch.randn(lengths.shape, generator=generator, device=generator.device)
+                    noise = disturbance / BATCH * drawn
                     found.register_hook(noise.add)
                 (found - data.tours[batch]).abs().sum(1).mean().backward()
                 optimiser.step()

@@ -80,7 +80,9 @@ def train(method: Method, seed: int, quick: bool) -> Run:
 
 def _whole(solver: GraphMatching, matching: Tensor) -> Tensor:
     """(Y, Z) for permutation matrices Y: Z[e, f] = Y[i, k] Y[j, l]; what an informed margin needs."""
-    (i, j), (k, l) = (torch.as_tensor(edges.T) for edges in (solver.first, solver.second))
+    (i, j), (k, l) = (
+        torch.as_tensor(edges.T, device=matching.device) for edges in (solver.first, solver.second)
+    )
     both = matching[:, i[:, None], k[None, :]] * matching[:, j[:, None], l[None, :]]
     return solver.join(matching, both)
 
