@@ -227,6 +227,26 @@ def _with_bounds(verdict: Check, settled: Settled) -> Check:
     return replace(verdict, residuals=residuals, status=status)
 
 
+def active_at(plan: Plan, u: Leaves, theta: Leaves) -> tuple[Leaves, Leaves, Tensor]:
+    """(masks, multipliers, rows of the constraints that count) of one sample at any point.
+
+    Args:
+        plan: of the problem; without inequalities and bounds there are no masks, and all rows count.
+        u: leaves (1, *shape).
+        theta: the tensors of one sample, without masks.
+    """
+    if not plan.trace.limited:
+        lam = plan.multipliers(u, theta)
+        return (), lam, torch.ones(sum(leaf.numel() for leaf in lam), dtype=torch.bool, device=u[0].device)
+    limited = Limited(plan, theta, 1)
+    flat = pack(u, 1, u[0])
+    settled = settle(limited, flat, tolerance(flat.dtype))
+    active = resolved(settled, "inactive")
+    multipliers = with_multipliers(settled, active, limited.equalities).multipliers
+    kept = torch.nn.functional.pad(active.rows[0], (limited.equalities, 0), value=True)
+    return limited.masks(active), unpack(multipliers, limited.multiplier_shapes), kept
+
+
 def _empty(limited: Limited) -> Located:
     like = limited.theta[0].new_zeros(0, dtype=limited.plan.trace.variables[0].dtype)
     nothing = torch.zeros(0, dtype=torch.bool, device=like.device)

@@ -73,9 +73,7 @@ def _vector(vector: Tensor) -> str | None:
         if len(pieces) > MOST:
             return None
     kind, device = vector.dtype, vector.device
-    texts = [
-        f'torch.full(({count},), {value!r}, dtype={kind}, device="{device}")' for value, count in pieces
-    ]
+    texts = [f'torch.full(({count},), {value!r}, dtype={kind}, device="{device}")' for value, count in pieces]
     return texts[0] if len(texts) == 1 else f"torch.cat([{', '.join(texts)}])"
 
 
