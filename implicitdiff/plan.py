@@ -22,6 +22,7 @@ from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
 from implicitdiff.errors import FallbackWarning, OptionError
+from implicitdiff.graph.active import active_trace, interior_trace
 from implicitdiff.graph.ir import Unsupported
 from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.trace import Trace, trace_problem
@@ -133,7 +134,7 @@ def plan_for(
 
     def derive() -> Plan:
         trace = _TRACES.get(
-            problem, traced, lambda: trace_problem(problem, (list(variables), variable_spec), bound)
+            problem, traced, lambda: _traced(problem, (list(variables), variable_spec), bound)
         )
         shown = (
             *(leaf.is_floating_point() for leaf in bound.leaves),
@@ -143,6 +144,25 @@ def plan_for(
             return _build(trace, backward, linear_solver, shown, compiled=compiled)
 
     return _PLANS.get(problem, planned, derive)
+
+
+def _traced(problem: Problem, variables: tuple[Sequence[Tensor], Spec], bound: Bound) -> Trace:
+    """The trace; where there are inequalities or bounds, that of the problem on an active set."""
+    trace = trace_problem(problem, variables, bound)
+    return active_trace(trace) if trace.limited else trace
+
+
+def interior_plan(plan: Plan, *, linear_solver: str = "auto", dense: bool = False) -> Plan:
+    """The plan of the interior-point steps for the plan of a problem with inequalities or bounds: H and A as there.
+
+    Its constraints are (h, g), and its masks are last in theta, see `graph.active.interior_trace`.
+    """
+
+    def derive() -> Plan:
+        with clean_context():
+            return _build(interior_trace(plan.trace.origin), "dense" if dense else "auto", linear_solver)
+
+    return _REBATCHED.get(plan.trace, ("interior", linear_solver, dense), derive)
 
 
 def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear_solver: str) -> Plan:

@@ -14,7 +14,7 @@ import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import Output, call
-from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
 from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
@@ -119,6 +119,13 @@ class Recipes:
             refined=way == "refined",
             weight=None if anchor is None else anchor.weight,
         )
+
+    @cached_property
+    def linear(self) -> bool:
+        """Whether A = D_u h does not depend on u."""
+        own = {leaf.node.id for leaf in self.declared.variables}
+        rows = [term.coefficient.node for c in self.declared.constraints for term in c.terms]
+        return not any(node.id in own for node in reachable(rows))
 
     @cached_property
     def anchor(self) -> Anchor | None:
