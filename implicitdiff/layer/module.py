@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.errors import FallbackWarning
 from implicitdiff.inputs import InDims
 from implicitdiff.layer.prepare import Options, prepare
@@ -48,6 +49,7 @@ class DeclarativeLayer(torch.nn.Module):
         on_failure: str = "raise",
         optimality_tol: float | None = None,
         compile: bool = False,
+        kkt: KKTOptions | None = None,
     ) -> None:
         """Check the options and keep them.
 
@@ -66,6 +68,9 @@ class DeclarativeLayer(torch.nn.Module):
                 other samples); "damp" (regularise, with a warning).
             optimality_tol: relative tolerance of the check that u is optimal; None: sqrt(eps) of the dtype.
             compile: asks for a compiled backward; for now it runs eagerly, with equal results and a warning.
+
+            kkt: what the backward pass does about the KKT system beside solving with it: derivatives of least norm for
+                minimisers that are not unique, a trust region, refinement, float64 inside; None: nothing.
 
         Raises:
             ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
@@ -87,6 +92,7 @@ class DeclarativeLayer(torch.nn.Module):
             backward=backward,
             on_failure=on_failure,
             optimality_tol=optimality_tol,
+            kkt=PLAIN if kkt is None else kkt,
         )
         self.options.check(self.problem)
 
@@ -138,6 +144,7 @@ def solve(
     on_failure: str = "raise",
     optimality_tol: float | None = None,
     compile: bool = False,
+    kkt: KKTOptions | None = None,
 ) -> Solution:
     """Solve every sample: `DeclarativeLayer(problem, ...).solve(*inputs, init=init)` as a function.
 
@@ -152,6 +159,7 @@ def solve(
         on_failure: see `DeclarativeLayer`.
         optimality_tol: see `DeclarativeLayer`.
         compile: see `DeclarativeLayer`.
+        kkt: see `DeclarativeLayer`.
 
     Returns:
         Solution, differentiable in u, the multipliers and the value.
@@ -165,6 +173,7 @@ def solve(
         backward=backward,
         on_failure=on_failure,
         optimality_tol=optimality_tol,
+        kkt=PLAIN if kkt is None else kkt,
     )
     if torch.compiler.is_compiling():
         return solution_in_graph(problem, options, inputs, init, with_value=True)

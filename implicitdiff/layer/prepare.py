@@ -19,6 +19,7 @@ from implicitdiff.attributes import Reachable, scan
 from implicitdiff.autograd import Call, ImplicitFunction
 from implicitdiff.autograd.call import Solved
 from implicitdiff.autograd.opaque import CALLS, CAPTURED
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.errors import (
     InputError,
     OptionError,
@@ -54,12 +55,15 @@ class Options:
     backward: str = "auto"
     on_failure: str = "raise"
     optimality_tol: float | None = None
+    kkt: KKTOptions = PLAIN
 
     def check(self, problem: Problem) -> None:
         """Raise for a value that does not exist, or that this problem does not support."""
         check_options(self.backward, self.linear_solver)
         validate_policy(self.on_failure)
         tolerance(torch.float64, self.optimality_tol)
+        if not isinstance(self.kkt, KKTOptions):
+            raise OptionError(f"kkt={self.kkt!r}: give an idf.KKTOptions, or None")
         if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):
             raise OptionError(
                 f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
@@ -246,6 +250,7 @@ def _call(
         name=type(problem).__name__,
         backward=options.backward,
         linear_solver=options.linear_solver,
+        kkt=options.kkt,
         records=open_records(),
         vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
     )
