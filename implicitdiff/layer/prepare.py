@@ -248,6 +248,7 @@ def make_call(
         name=type(problem).__name__,
         backward=options.backward,
         linear_solver=options.linear_solver,
+        kkt=options.kkt,
         records=open_records(),
         vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
     )
