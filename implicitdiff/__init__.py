@@ -38,6 +38,7 @@ from implicitdiff.errors import (
     UnrollError,
 )
 from implicitdiff.layer import DeclarativeLayer, solve
+from implicitdiff.memory import memory_limit, set_memory_limit
 from implicitdiff.problem import FixedPoint, Problem, Root, Solution
 from implicitdiff.records import record
 from implicitdiff.status import Status
@@ -84,9 +85,11 @@ __all__ = [
     "derivatives",
     "explain",
     "jacobian",
+    "memory_limit",
     "operators",
     "optimizers",
     "record",
+    "set_memory_limit",
     "solve",
     "walkthrough",
 ]

@@ -267,7 +267,7 @@ class StructuredPlan:
                 status, tried.status, lambda: self._hessian(values()), self.recipes.linear
             )
         singular = merge.unsolved(status, self.declared)
-        if singular is None:
+        if singular is None or self.recipes.whole_is_too_large:
             return None, status, status
         anchored = way == "route" and self.recipes.anchor is not None
         return ("anchored" if anchored else "full"), singular, status
