@@ -54,6 +54,11 @@ def validate_policy(on_failure: str) -> OnFailure:
     raise OptionError(f"on_failure={on_failure!r} is not known; choose one of {', '.join(ON_FAILURE)}")
 
 
+def any_failed(status: Tensor) -> bool:
+    """Whether some sample has no usable solution; one look where all are OK."""
+    return bool(status.any()) and bool(failed(status).any())
+
+
 def failed(status: Tensor) -> Tensor:
     """Which samples have no usable solution (B,) bool; OK, WEAKLY_ACTIVE and DAMPED have one."""
     good = torch.zeros_like(status, dtype=torch.bool)

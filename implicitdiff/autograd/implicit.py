@@ -30,7 +30,9 @@ from implicitdiff.autograd.kkt import KKTSolve, unusable
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks
 from implicitdiff.autograd.opaque import CALLS, LIBRARY, Flags, OpaqueStep
+from implicitdiff.autograd.usual import usual_gradients
 from implicitdiff.errors import NotSupportedYetError
+from implicitdiff.status import is_all_ok
 from implicitdiff.torch_private import (
     below_autograd,
     has_tangent,
@@ -75,6 +77,10 @@ class ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients in theta."""
+        call, theta = ctx.call, len(ctx.call.batched)
+        found = usual_gradients(call, ctx.saved_tensors, cotangents, ctx.needs_input_grad[1 : 1 + theta])
+        if found is not None:
+            return (None, *found, *(None,) * ctx.starts)
         return through_func(lambda *given: _backward(ctx, *given), cotangents)
 
     @staticmethod
@@ -216,7 +222,7 @@ def pull_back(
         v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]
         factor = call.factors.find(call.plan, u, lam, theta)  # of a derivative of this one, if there was any
         found, quality = call.plan.vjp(u, lam, theta, v[: len(u)], v_lam, needs, factor)
-        if not bool(unusable(quality).any()):
+        if is_all_ok(quality) or not bool(unusable(quality).any()):
             return found
     if lean and masks.all_failed():
         return masks.nothing(theta, v, needs)

@@ -49,6 +49,11 @@ class SharedFactor:
     def __init__(self) -> None:
         self._kept: _Kept | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to be found."""
+        return self._kept is None
+
     def find(self, plan: Plan, u: Leaves, lam: Leaves, theta: Leaves) -> KKTFactor | None:
         """The factorisation of this point, None if it is not there."""
         kept = self._kept

@@ -6,6 +6,7 @@ is `formula.range_space`, shared with the symbolic route. Next file: `structured
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,8 @@ from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.solvers.base import Factorization, from_columns, to_columns
-from implicitdiff.status import Status
+from implicitdiff.solvers.cholesky import CholeskyFactorization
+from implicitdiff.status import Status, all_ok, is_all_ok
 
 
 def matrix(tensor: Tensor, rows: int, columns: int) -> Tensor:
@@ -59,6 +61,8 @@ def bands(diagonals: Sequence[Tensor], chains: int, inside: int) -> Tensor:
 def merged(*status: Tensor) -> Tensor:
     """One verdict per sample from several: the first that is not OK."""
     batch = max(s.shape[0] for s in status)
+    if all(map(is_all_ok, status)):
+        return all_ok(batch, status[0].device)
     out = status[0].expand(batch)
     for other in status[1:]:
         out = torch.where(out == Status.OK, other.expand(batch), out)
@@ -67,10 +71,9 @@ def merged(*status: Tensor) -> Tensor:
 
 def divided(batch_axis: int, *answers: Tensor) -> Tensor:
     """(B,) int8: SINGULAR where an answer that came by division alone is not finite, for answers (..., B, ...)."""
-    sound = torch.stack([answer.sum() for answer in answers]).isfinite().all()
     batch = max(answer.shape[batch_axis] for answer in answers)
-    status = torch.zeros(batch, dtype=torch.int8, device=answers[0].device)
-    if bool(sound):
+    status = all_ok(batch, answers[0].device)
+    if all(math.isfinite(float(answer.sum())) for answer in answers):
         return status
     for answer in answers:  # a sum may overflow where no term does
         finite = answer.movedim(batch_axis, 0).isfinite().reshape(answer.shape[batch_axis], -1).all(1)
@@ -135,6 +138,8 @@ def anchor_weight(curvature: Tensor, slope: Tensor) -> Tensor:
 class RangeSpace:
     """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves.
 
+    Where H = L L' in every sample, S = G'G with G = L^-1 A': half the solves, and symmetric as it stands.
+
     Attributes:
         status: (B,) int8, of both factorisations.
     """
@@ -144,15 +149,34 @@ class RangeSpace:
     ) -> None:
         """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
         self.factor, self.jacobian = factor, jacobian
-        inverse = factor.solve(jacobian.transpose(0, 1))
-        schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
-        corner = operators.Dense((schur + schur.mT) / 2, symmetric=True)
+        self.lower = factor.lower if isinstance(factor, CholeskyFactorization) else None
+        if null_vectors or self.lower is None or self.lower.shape[0] != jacobian.shape[0]:
+            self.lower = None
+            inverse = factor.solve(jacobian.transpose(0, 1))
+            schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
+            schur = (schur + schur.mT) / 2
+        else:
+            self.half = torch.linalg.solve_triangular(self.lower, jacobian.mT, upper=False)
+            schur = self.half.mT @ self.half
+        corner = operators.Dense(schur, symmetric=True)
         whole = operators.Block(((corner,),), (corner.size,), null_vectors=null_vectors)
         self.schur = solvers.Cholesky().factor(whole if null_vectors else corner)
         self.status = merged(factor.status, self.schur.status)
 
+    @property
+    def definite(self) -> Tensor | None:
+        """Where H was proved positive definite, (B,)."""
+        return self.factor.definite
+
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, for a (..., B, m), b (..., B, p)."""
+        if self.lower is not None and a.dim() == 2 and a.shape[0] == self.lower.shape[0]:
+            # S s = -(b + G'd) with d = L^-1 a, then L'w = d + G s
+            reduced = torch.linalg.solve_triangular(self.lower, a[:, :, None], upper=False)
+            left = torch.baddbmm(b[:, :, None], self.half.mT, reduced).neg_()
+            s = self.schur.solve(left[:, :, 0])
+            reduced = torch.baddbmm(reduced, self.half, s[:, :, None])
+            return torch.linalg.solve_triangular(self.lower.mT, reduced, upper=True)[:, :, 0], s
         steps = Steps(
             inverse=self.factor.solve,
             constrain=lambda x: (self.jacobian @ x[..., None])[..., 0],

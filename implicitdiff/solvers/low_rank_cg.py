@@ -22,6 +22,7 @@ from implicitdiff.solvers.iteration import (
     step_tolerance,
 )
 from implicitdiff.solvers.woodbury import Woodbury
+from implicitdiff.status import all_ok
 
 DENSE_BYTES = 2**31
 """Above this the matrix of one sample is not formed, also where the iteration fails."""
@@ -55,7 +56,7 @@ class LowRankIteration(Factorization):
             else:
                 self._whole = direct.factor(operator)
         self.steps = 0
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.status = all_ok(operator.batch, operator.device)
         if self._whole is not None:
             self.status = self._whole.status
 

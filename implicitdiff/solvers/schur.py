@@ -29,6 +29,7 @@ from implicitdiff.solvers.formation import formation_cost
 from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.lu import LUFactorization
 from implicitdiff.solvers.widened import CANCELLED, LOST, WidenedFactorization, widened
+from implicitdiff.status import all_ok
 
 
 class PlainSchurFactorization(Factorization):
@@ -53,20 +54,21 @@ class PlainSchurFactorization(Factorization):
         complement.diagonal(dim1=-2, dim2=-1).add_(corner)
         self._factor, info = torch.linalg.cholesky_ex(complement)
         self.sound = self._is_sound(complement, lifted, corner, pair.inverse, info)
-        self.status = info.to(torch.int8)  # 0 where it is sound
+        self.status = all_ok(operator.batch, operator.device)  # only sound factorisations are handed out
 
     def _is_sound(
         self, complement: Tensor, lifted: Tensor, corner: Tensor, inverse: Tensor, info: Tensor
     ) -> bool:
         # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
-        squares = self._factor.diagonal(dim1=-2, dim2=-1).square()
+        pivots = self._factor.diagonal(dim1=-2, dim2=-1)
         lift = lifted[:, :, 0] if lifted.shape[-1] == 1 else lifted.diagonal(dim1=-2, dim2=-1)
         if bool(info.any()):
             return False
         # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
-        margin = squares - torch.add(lift, corner, alpha=CANCELLED)
-        if bool((torch.minimum(margin.amin(), inverse.amin()) > 0).all()):
+        margin = torch.addcmul(torch.add(lift, corner, alpha=CANCELLED), pivots, pivots, value=-1.0)
+        if float(margin.amax()) < 0 and float(inverse.amin()) > 0:
             return True
+        squares = pivots.square()
         good = (inverse > 0).all()
         kept = complement.diagonal(dim1=-2, dim2=-1) - lift > CANCELLED * corner
         regular = squares > suspicion_level(corner.dtype) * corner

@@ -14,7 +14,7 @@ from implicitdiff.operators.products import batched_matvec, rows_times, weighted
 from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.lu import LUFactorization
-from implicitdiff.status import Status
+from implicitdiff.status import Status, all_ok
 
 # Where the entries of D differ by more than this factor, the lemma cancels digits and the answer is refined.
 _UNEVEN = 1e3
@@ -55,7 +55,7 @@ class WoodburyFactorization(Factorization):
         if len(matrix) != operator.batch:
             return False
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0 if uneven else diagonal)
-        factor, order, info = torch.linalg.lu_factor_ex(matrix)
+        factor, order, _ = torch.linalg.lu_factor_ex(matrix)
         self._plain: tuple[Tensor, Tensor] | None = factor, order
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
@@ -68,7 +68,7 @@ class WoodburyFactorization(Factorization):
             size = diagonal.abs()
             bound = suspicion_level(operator.dtype) * torch.maximum(largest, size)
             fine = torch.minimum(smallest, size) > bound
-        self.status = info.to(torch.int8)  # 0 where no pivot is
+        self.status = all_ok(len(matrix), matrix.device)  # a pivot that is 0 is small beside the rest
         return bool(fine.all())
 
     def _factor_carefully(self) -> None:

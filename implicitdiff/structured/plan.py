@@ -24,7 +24,7 @@ from implicitdiff.graph import rules
 from implicitdiff.graph.trace import Trace
 from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
-from implicitdiff.status import Status
+from implicitdiff.status import Status, all_ok, is_all_ok
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.probe import agree, direction
 from implicitdiff.structure.report import Analysis
@@ -213,15 +213,17 @@ class StructuredPlan:
         found = function.emitted.results
         if len(found) > 1 and found[-2] == "cancelled" and out[-2]:
             return "refined"
+        if is_all_ok(status):
+            return None
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
         if whole or not bool(status.any()) or not bool((status == Status.SINGULAR).any()):
             return None
         return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
-        if isinstance(status, Tensor) and status.dtype == torch.int8:
+        if isinstance(status, Tensor) and status.dtype == torch.int8 and not is_all_ok(status):
             return status.expand(batch)
-        return torch.zeros(batch, dtype=torch.int8, device=device)
+        return all_ok(batch, device)
 
     # ---------------------------------------------------------------- the backward pass
 
@@ -317,6 +319,11 @@ class StructuredPlan:
         return False
 
     # ---------------------------------------------------------------- the probe
+
+    @property
+    def probed(self) -> bool:
+        """Whether a product has been compared with automatic differentiation, and agreed."""
+        return self._contradiction is False
 
     def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
         """Whether the product tested on the first call with data differs from automatic differentiation."""
