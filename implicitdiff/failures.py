@@ -87,6 +87,8 @@ def enforce(found: Check, on_failure: OnFailure, source: str, hint: str = "", st
             optimizer.
         InfeasibleError: INFEASIBLE. SingularError: SINGULAR, which only a solve says. NotOptimalError: else.
     """
+    if found.all_ok:
+        return found.status
     bad = failed(found.status)
     if not bool(bad.any()):
         return found.status
@@ -130,7 +132,7 @@ def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
     worst = int(torch.where(mask, residuals.relative, -1).argmax())
     by_constraint = bool(residuals.violation[worst] >= residuals.relative[worst])
     if kind == Status.INFEASIBLE or (by_constraint and bool(residuals.constraint[worst] > 0)):
-        where = f"constraint leaf {int(residuals.leaf[worst])}"
+        where = f"constraint leaf {0 if residuals.leaf is None else int(residuals.leaf[worst])}"
         size, scale, name = residuals.constraint[worst], residuals.constraint_scale[worst], f"|h| of {where}"
     else:
         size, scale, name = residuals.gradient[worst], residuals.gradient_scale[worst], "|D_Y L|"

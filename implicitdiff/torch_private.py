@@ -31,7 +31,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 
 __all__ = [
     "HOST", "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
-    "HigherOrderOperator", "OpOverload", "TorchDispatchMode", "autocast_enabled", "below_autograd",
+    "HigherOrderOperator", "OpOverload", "TorchDispatchMode", "autocast_anywhere", "autocast_enabled", "below_autograd",
     "broadcast_prefix", "clean_context", "compiled_functions_inlined", "current_graph", "eager_context",
     "first_entry", "grad_batched_level", "has_storage", "has_tangent", "is_fake", "is_grad_batched",
     "is_recorded", "is_reduction", "is_traced", "is_view", "is_wrapped", "lower_grad_batched", "make_fx",
@@ -85,6 +85,11 @@ def current_graph() -> torch.fx.Graph | None:
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for the device; False where the device knows none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast_anywhere() -> bool:
+    """Whether autocast is on for some device."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -63,7 +63,10 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
         theta = tuple(tensor.detach() for tensor in prepared.theta)
         call = prepared.call()
         solved = call.solve(call, theta, None)
-        matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, len(prepared.bound.leaves))
+        lam = solved.multipliers or ()
+        if solved.factor is not None:
+            call.factors.keep(call.plan, solved.u, lam, theta, solved.factor)
+        matrices = _jacobians(call, solved.u, lam, theta, len(prepared.bound.leaves))
     return _arranged(prepared, matrices)
 
 

@@ -31,12 +31,14 @@ def floats(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@of("autocast_enabled", "without_autocast")
+@of("autocast_anywhere", "autocast_enabled", "without_autocast")
 def autocast_is_seen_and_switched_off() -> None:
     assert not torch_private.autocast_enabled("cpu")
     assert not torch_private.autocast_enabled("meta")
+    assert not torch_private.autocast_anywhere()
     x = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch_private.autocast_anywhere()
         assert torch_private.autocast_enabled("cpu")
         assert (x @ x).dtype == torch.bfloat16
         with torch_private.without_autocast("cpu"), torch_private.without_autocast("meta"):

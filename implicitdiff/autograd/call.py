@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.autograd.shared import SharedFactor
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
@@ -47,6 +48,8 @@ class Solved(Protocol):
     def iterations(self) -> Tensor: ...
     @property
     def residual(self) -> Tensor: ...
+    @property
+    def factor(self) -> KKTFactor | None: ...
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def usual_gradients(
 
     Every question is asked that the general way asks, each in one look at what was prepared: nothing differentiates
     this derivative, transforms or records it, no autocast, no sample failed under a policy that masks it, only u has
-    a cotangent, no factorisation is waiting to be used, the structure has been probed, every sample's solve is OK.
+    a cotangent, the structure has been probed, every sample's solve is OK.
     Nothing is written to but what the emitted code makes, so that the general way may start over.
 
     Args:
@@ -39,7 +39,7 @@ def usual_gradients(
     plan = call.plan
     if not isinstance(plan, StructuredPlan) or not plan.probed or call.vjp is not None:
         return None
-    if not call.batch or not call.factors.empty:
+    if not call.batch:
         return None
     first = len(plan.declared.variables)
     second = first + len(plan.declared.output_shapes)
@@ -54,5 +54,6 @@ def usual_gradients(
     if call.on_failure in ("nan", "zero") and any_failed(saved[second]):
         return None
     u, lam, theta = tuple(saved[:first]), tuple(saved[first:second]), tuple(saved[second + 1 :])
-    found, status = plan.vjp(u, lam, theta, tuple(v_u), None, needs)
+    factor = None if call.factors.empty else call.factors.find(plan, u, lam, theta)
+    found, status = plan.vjp(u, lam, theta, tuple(v_u), None, needs, factor)
     return found if is_all_ok(status) or not bool(status.any()) else None

@@ -239,6 +239,10 @@ class Emitter:
         constant, coefficients = node.data
         terms = sorted(zip(coefficients, node.args, strict=True), key=lambda t: t[0] != 1.0)
         text = ""
+        if coefficients == (0.5, 0.5) and not constant and terms[0][1].node is terms[1][1].node:
+            both = [self.text(ref, node.axes) for _, ref in terms]
+            text = f"saddle.symmetric_part({both[0]}, {both[1]})"  # the symmetric part
+            return self.store(node, text, node.axes)
         for coefficient, ref in terms:
             part = self.text(ref, node.axes)
             if not text:

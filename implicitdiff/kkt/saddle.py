@@ -15,6 +15,7 @@ from torch import Tensor
 from implicitdiff import operators, solvers
 from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.kkt.formula import Steps, range_space
+from implicitdiff.operators import LinearOperator
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.solvers.base import Factorization, from_columns, to_columns
 from implicitdiff.solvers.cholesky import CholeskyFactorization
@@ -83,12 +84,33 @@ def divided(batch_axis: int, *answers: Tensor) -> Tensor:
 
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
     """max |finite entry| of each sample over several tensors (B or 1, ...), (B,)."""
-    out = like.new_zeros(like.shape[:1])
+    full = [tensor for tensor in tensors if tensor.numel()]
+    if not full:
+        return like.new_zeros(like.shape[:1])
+    batch = like.shape[0]
+    sizes = [t.abs().amax(tuple(range(1, t.dim()))) if t.dim() > 1 else t.abs() for t in full]
+    sizes = [size if size.shape[0] == batch else size.expand(batch) for size in sizes]
+    out = sizes[0] if len(sizes) == 1 else torch.stack(sizes).amax(0)
+    if math.isfinite(float(out.sum())):
+        return out
+    out = like.new_zeros(
+        like.shape[:1]
+    )  # some entry is not finite, or the sum has overflowed: entry by entry
     for tensor in tensors:
         if tensor.numel():
             finite = torch.where(torch.isfinite(tensor), tensor.abs(), 0.0)
             out = torch.maximum(out, finite.reshape(tensor.shape[0], -1).amax(1))
     return out
+
+
+def symmetric_part(a: Tensor, b: Tensor) -> Tensor:
+    """(a + b) / 2 of a matrix and its transpose: the matrix itself where it is symmetric, which saves its copy.
+
+    The comparison ends at the first entries that differ. Of shapes without data the ordinary case is counted.
+    """
+    if a.shape == b.shape and (a.is_meta or torch.equal(a, b)):
+        return a
+    return torch.lerp(a, b, 0.5)
 
 
 BLOCK_BYTES = 2**19
@@ -158,9 +180,10 @@ class RangeSpace:
         else:
             self.half = torch.linalg.solve_triangular(self.lower, jacobian.mT, upper=False)
             schur = self.half.mT @ self.half
-        corner = operators.Dense(schur, symmetric=True)
-        whole = operators.Block(((corner,),), (corner.size,), null_vectors=null_vectors)
-        self.schur = solvers.Cholesky().factor(whole if null_vectors else corner)
+        corner: LinearOperator = operators.Dense(schur, symmetric=True)
+        if null_vectors:
+            corner = operators.Block(((corner,),), (corner.size,), null_vectors=null_vectors)
+        self.schur = solvers.Cholesky().factor(corner)
         self.status = merged(factor.status, self.schur.status)
 
     @property
@@ -171,12 +194,11 @@ class RangeSpace:
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, for a (..., B, m), b (..., B, p)."""
         if self.lower is not None and a.dim() == 2 and a.shape[0] == self.lower.shape[0]:
-            # S s = -(b + G'd) with d = L^-1 a, then L'w = d + G s
-            reduced = torch.linalg.solve_triangular(self.lower, a[:, :, None], upper=False)
-            left = torch.baddbmm(b[:, :, None], self.half.mT, reduced).neg_()
-            s = self.schur.solve(left[:, :, 0])
-            reduced = torch.baddbmm(reduced, self.half, s[:, :, None])
-            return torch.linalg.solve_triangular(self.lower.mT, reduced, upper=True)[:, :, 0], s
+            # S s = -(b + G'd) with d = L^-1 a, then L'w = d + G s; rows on the left of a matrix are faster
+            reduced = torch.linalg.solve_triangular(self.lower, a[:, :, None], upper=False).mT
+            s = self.schur.solve(torch.baddbmm(b[:, None], reduced, self.half).neg_()[:, 0])
+            reduced = torch.baddbmm(reduced, s[:, None], self.half.mT)
+            return torch.linalg.solve_triangular(self.lower.mT, reduced.mT, upper=True)[:, :, 0], s
         steps = Steps(
             inverse=self.factor.solve,
             constrain=lambda x: (self.jacobian @ x[..., None])[..., 0],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator
-from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver
+from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver, numbers
 from implicitdiff.solvers.condition import inverse_norm, reciprocal_condition, singular_level, suspicion_level
 from implicitdiff.solvers.formation import dense_rejection, formation_cost
 from implicitdiff.solvers.kernel import factor_off_kernel
@@ -89,14 +89,15 @@ class CholeskyFactorization(ColumnFactorization):
 
 
 def _is_plainly_sound(pivots: Tensor, diagonal: Tensor, info: Tensor) -> bool:
-    """Whether no pivot of any sample is suspicious: l_ii^2 > sqrt(eps) a_ii, in few operations; two numbers read.
+    """Whether no pivot of any sample is suspicious: l_ii^2 > sqrt(eps) a_ii, in few operations.
 
     A NaN anywhere in the pivots or in the diagonal makes it False.
     """
     if not pivots.numel():
         return False
     margin = torch.addcmul(diagonal, pivots, pivots, value=-1.0 / suspicion_level(pivots.dtype)).amax()
-    return float(margin) < 0 and not bool(info.any())
+    read = numbers(margin)
+    return (read is None or read[0] < 0) and not bool(info.any())
 
 
 def _solve_cholesky(factor: Tensor, columns: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.operators import Diagonal, LinearOperator, ScaledIdentity, Zero
-from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
+from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, numbers
 from implicitdiff.status import Status, all_ok
 
 
@@ -45,8 +45,8 @@ def all_positive(diagonal: Tensor) -> bool:
     """Return whether all entries of all samples are positive and finite: one pass, two numbers read."""
     if not diagonal.numel():
         return False
-    lowest, highest = torch.aminmax(diagonal)
-    return float(lowest) > 0 and float(highest) < math.inf  # a NaN is in both
+    read = numbers(*torch.aminmax(diagonal))
+    return read is None or (read[0] > 0 and read[1] < math.inf)  # a NaN is in both
 
 
 def examine(diagonal: Tensor) -> tuple[Tensor, Tensor]:

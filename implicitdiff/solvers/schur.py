@@ -20,7 +20,15 @@ from implicitdiff.operators import (
     select_samples,
 )
 from implicitdiff.operators.products import batched_matvec, weighted_product
-from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver, blank
+from implicitdiff.solvers.base import (
+    PANEL,
+    ColumnFactorization,
+    Cost,
+    Factorization,
+    LinearSolver,
+    blank,
+    numbers,
+)
 from implicitdiff.solvers.cholesky import CholeskyFactorization
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.divide import diagonal_entries, examine, unusable
@@ -66,7 +74,8 @@ class PlainSchurFactorization(Factorization):
             return False
         # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
         margin = torch.addcmul(torch.add(lift, corner, alpha=CANCELLED), pivots, pivots, value=-1.0)
-        if float(margin.amax()) < 0 and float(inverse.amin()) > 0:
+        read = numbers(margin.amax(), inverse.amin())
+        if read is None or (read[0] < 0 < read[1]):
             return True
         squares = pivots.square()
         good = (inverse > 0).all()

@@ -3,6 +3,7 @@
 In: D + U diag(c) V' with k < m, weights of any sign or zero. Out: ``Woodbury``. Next file: ``kernel.py``.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal
 from implicitdiff.operators.products import batched_matvec, rows_times, weighted_product
-from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
+from implicitdiff.solvers.base import (
+    PANEL,
+    Cost,
+    Factorization,
+    LinearSolver,
+    blank,
+    from_rows,
+    numbers,
+    to_rows,
+)
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.lu import LUFactorization
 from implicitdiff.status import Status, all_ok
@@ -57,19 +67,21 @@ class WoodburyFactorization(Factorization):
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0 if uneven else diagonal)
         factor, order, _ = torch.linalg.lu_factor_ex(matrix)
         self._plain: tuple[Tensor, Tensor] | None = factor, order
-        pivots = factor.diagonal(dim1=-2, dim2=-1)
-        smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
-        largest = matrix.abs().amax((-2, -1))[:, None]
-        if uneven:
-            lowest, highest = torch.aminmax(diagonal, dim=-1, keepdim=True)
-            fine = (smallest > suspicion_level(operator.dtype) * largest.clamp_(min=1)) & (lowest > 0)
-            fine = fine & (highest < _UNEVEN * lowest)
-        else:
-            size = diagonal.abs()
-            bound = suspicion_level(operator.dtype) * torch.maximum(largest, size)
-            fine = torch.minimum(smallest, size) > bound
         self.status = all_ok(len(matrix), matrix.device)  # a pivot that is 0 is small beside the rest
-        return bool(fine.all())
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        # Over the whole batch first: where that is not enough, each sample against its own largest entry.
+        whole = torch.linalg.vector_norm(pivots, -torch.inf), torch.linalg.vector_norm(matrix, torch.inf)
+        sizes = diagonal if uneven else diagonal.abs()
+        read = numbers(*whole, *torch.aminmax(sizes))
+        if read is None or _is_sound(read, uneven, suspicion_level(operator.dtype)):
+            return True
+        if len(matrix) == 1:
+            return False
+        small = torch.linalg.vector_norm(pivots, -torch.inf, -1)
+        large = matrix.abs().amax((-2, -1))
+        low, high = (t.expand(len(matrix)) for t in torch.aminmax(sizes, dim=-1))
+        samples = torch.stack([small, large, low, high], 1).tolist()
+        return all(_is_sound(sample, uneven, suspicion_level(operator.dtype)) for sample in samples)
 
     def _factor_carefully(self) -> None:
         operator = self._operator
@@ -146,6 +158,22 @@ class WoodburyFactorization(Factorization):
         scaled = rhs * self._inverse
         inner = self._capacity.solve(batched_matvec(operator.right_factor.mT, scaled) * operator.weights)
         return scaled - batched_matvec(operator.left, inner) * self._inverse
+
+
+def _is_sound(read: Sequence[float], uneven: bool, level: float) -> bool:
+    """Whether the smallest pivot is not suspicious beside the largest entry of the matrix, nor D; NaN makes it False.
+
+    Args:
+        read: the smallest pivot, the largest entry of the matrix, the lowest and the highest entry of D (of |D| where
+            it is even).
+        uneven: whether the matrix was formed with I in the place of D.
+        level: a part below which a pivot is suspicious.
+    """
+    smallest, largest, lowest, highest = read
+    if uneven:
+        return smallest > level * largest and smallest > level and lowest > 0 and highest < _UNEVEN * lowest
+    least = min(smallest, lowest)
+    return smallest > 0 and lowest > 0 and least > level * largest and least > level * highest
 
 
 def _lift_zeros(operator: LowRankPlusDiagonal) -> tuple[LowRankPlusDiagonal, Tensor]:

@@ -86,7 +86,7 @@ class StructuredPlan:
             declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
         )
         self._contradiction: bool | None = None
-        self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
+        self._runs: dict[tuple[Way, tuple[bool, ...], bool, bool], Run] = {}
 
     # ---------------------------------------------------------------- the point
 
@@ -129,9 +129,10 @@ class StructuredPlan:
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
         found = self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
-        bad = self._verdicts(out[-1], batch, u[0].device) != Status.OK
-        if not bool(bad.any()):
+        status = self._verdicts(out[-1], batch, u[0].device)
+        if is_all_ok(status) or not bool(status.any()):
             return found
+        bad = status != Status.OK
         mended = self.dense.multipliers(u, theta)  # for the bad samples: the others keep their bits
         return tuple(
             torch.where(bad.reshape(-1, *(1,) * (mine.dim() - 1)), theirs, mine)
@@ -144,15 +145,20 @@ class StructuredPlan:
         self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
     ) -> Solution:
         """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
         return self._solved(self._point(u, lam, theta, shift), rhs_u, rhs_h)
 
     def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
         """K factored, by the same code as that of `kkt_solve`, cut in two."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.kkt_factor(u, lam, theta, shift)
         return StructuredFactor(self._point(u, lam, theta, shift), self._factors, self._solved)
+
+    def factored(self, u: Leaves, lam: Leaves, theta: Leaves, made: Given) -> StructuredFactor:
+        """K at a point, by a factorisation along the first way that was made elsewhere."""
+        known: dict[Way, Given] = {self.recipes.first: made}
+        return StructuredFactor(self._point(u, lam, theta, None), self._factors, self._solved, _made=known)
 
     def _point(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None) -> dict[str, Tensor]:
         values = self.arguments.point(u, lam, theta)
@@ -238,7 +244,7 @@ class StructuredPlan:
         factor: KKTFactor | None = None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """A gradient per theta that needs one, and the status of each sample."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.vjp(u, lam, theta, v_u, v_lam, needs, factor)
         given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         if isinstance(factor, StructuredFactor):
@@ -260,26 +266,27 @@ class StructuredPlan:
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
     ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
         """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
-        u, lam, theta, v_u, v_lam = given
-        values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("v", "v_lam", v_u, v_lam)}
+        u, _, theta, *_ = given
         way: Way | None = self.recipes.first
         while way is not None:
-            function, places = self._placed(way, needs, with_lam, given=True)
-            out = function({**values, **factor.given(way)})
-            if function.fragile and self._lost(function, out, u):
+            run = self._run(way, needs, with_lam, given=True)
+            out = run.call((*given, tuple(factor.given(way).values())))
+            if run.function.fragile and self._lost(run.function, out, u):
                 return None
             status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
-            way = self._next(way, function, out, status)
-        return Run(function, (), places).gradients(out, theta), status
+            way = self._next(way, run.function, out, status)
+        return run.gradients(out, theta), status
 
-    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> Run:
+    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool, given: bool = False) -> Run:
         """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
-        found = self._runs.get((way, needs, with_lam))
+        found = self._runs.get((way, needs, with_lam, given))
         if found is None:
-            function, places = self._placed(way, needs, with_lam, given=False)
+            function, places = self._placed(way, needs, with_lam, given=given)
             sources = self.arguments.sources("v", "v_lam")
+            objects = [name for name in function.arguments if name not in sources]
+            sources |= {name: (5, k) for k, name in enumerate(objects)}  # factorisations that are given
             found = Run(function, tuple(sources[name] for name in function.arguments), places)
-            self._runs[way, needs, with_lam] = found
+            self._runs[way, needs, with_lam, given] = found
         return found
 
     def _placed(
@@ -325,7 +332,7 @@ class StructuredPlan:
         """Whether a product has been compared with automatic differentiation, and agreed."""
         return self._contradiction is False
 
-    def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
+    def contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
         """Whether the product tested on the first call with data differs from automatic differentiation."""
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self._probe(u, lam, theta))
