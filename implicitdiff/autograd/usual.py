@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from implicitdiff.autograd.call import Call
+from implicitdiff.autograd.call import Call, undisturbed
+from implicitdiff.autograd.kkt import unusable
+from implicitdiff.autograd.regularity import settled
 from implicitdiff.failures import any_failed
+from implicitdiff.records import open_records
 from implicitdiff.status import is_all_ok
 from implicitdiff.structured.plan import StructuredPlan
 from implicitdiff.torch_private import only_eager
@@ -24,7 +27,7 @@ def usual_gradients(
 
     Every question is asked that the general way asks, each in one look at what was prepared: nothing differentiates
     this derivative, transforms or records it, no autocast, no sample failed under a policy that masks it, only u has
-    a cotangent, the structure has been probed, every sample's solve is OK.
+    a cotangent, no record is open, the structure has been probed, every sample's solve has an answer.
     Nothing is written to but what the emitted code makes, so that the general way may start over.
 
     Args:
@@ -39,7 +42,7 @@ def usual_gradients(
     plan = call.plan
     if not isinstance(plan, StructuredPlan) or not plan.probed or call.vjp is not None:
         return None
-    if not call.batch:
+    if not call.batch or call.records or open_records():
         return None
     first = len(plan.declared.variables)
     second = first + len(plan.declared.output_shapes)
@@ -56,4 +59,10 @@ def usual_gradients(
     u, lam, theta = tuple(saved[:first]), tuple(saved[first:second]), tuple(saved[second + 1 :])
     factor = None if call.factors.empty else call.factors.find(plan, u, lam, theta)
     found, status = plan.vjp(u, lam, theta, tuple(v_u), None, needs, factor)
-    return found if is_all_ok(status) or not bool(status.any()) else None
+    if is_all_ok(status):
+        return found
+    bad = unusable(status)
+    if bool(bad.any()):
+        with undisturbed(u[0]):
+            bad = unusable(settled(call, status, u, theta))
+    return None if bool(bad.any()) else found

@@ -167,23 +167,29 @@ class RangeSpace:
     """
 
     def __init__(
-        self, factor: Factorization, jacobian: Tensor, null_vectors: NullVectors | tuple[Tensor, ...] = ()
+        self,
+        factor: Factorization,
+        jacobian: Tensor,
+        null_vectors: NullVectors | tuple[Tensor, ...] = (),
+        corner: Tensor | None = None,
     ) -> None:
-        """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
-        self.factor, self.jacobian = factor, jacobian
+        """Factors S + D; `null_vectors` (p,) are the proved dependences between the rows of A, `corner` (B, p) is D."""
+        self.factor, self.jacobian, self.corner = factor, jacobian, corner
         self.lower = factor.lower if isinstance(factor, CholeskyFactorization) else None
-        if null_vectors or self.lower is None or self.lower.shape[0] != jacobian.shape[0]:
+        if null_vectors or corner is not None or self.lower is None or len(self.lower) != len(jacobian):
             self.lower = None
             inverse = factor.solve(jacobian.transpose(0, 1))
             schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
+            if corner is not None:
+                schur = with_diagonal(schur, corner)
             schur = (schur + schur.mT) / 2
         else:
             self.half = torch.linalg.solve_triangular(self.lower, jacobian.mT, upper=False)
             schur = self.half.mT @ self.half
-        corner: LinearOperator = operators.Dense(schur, symmetric=True)
+        whole: LinearOperator = operators.Dense(schur, symmetric=True)
         if null_vectors:
-            corner = operators.Block(((corner,),), (corner.size,), null_vectors=null_vectors)
-        self.schur = solvers.Cholesky().factor(corner)
+            whole = operators.Block(((whole,),), (whole.size,), null_vectors=null_vectors)
+        self.schur = solvers.Cholesky().factor(whole)
         self.status = merged(factor.status, self.schur.status)
 
     @property
@@ -213,19 +219,25 @@ class RangeSpace:
 
 
 class FullKKT:
-    """K = [[H, -A'], [-A, 0]] solved as one matrix: for singular H, and for constraints that depend by their values.
+    """K = [[H, -A'], [-A, -D]] solved as one matrix: for singular H, and for constraints that depend by their values.
 
     Attributes:
         status: (B,) int8, known after the first `solve`.
     """
 
-    def __init__(self, hessian: Tensor, jacobian: Tensor, *, ldl: bool = False) -> None:
+    def __init__(
+        self, hessian: Tensor, jacobian: Tensor, *, ldl: bool = False, corner: Tensor | None = None
+    ) -> None:
         """Forms K, which is factored at the first `solve`; `ldl` asks for LDL' (which finds no dependent constraints)
-        instead of LU.
+        instead of LU; `corner` (B, p) is D.
         """
         self.batch = max(hessian.shape[0], jacobian.shape[0])
-        corner = hessian.new_zeros(self.batch, jacobian.shape[-2], jacobian.shape[-2])
-        matrix = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
+        if corner is None:
+            below = hessian.new_zeros(self.batch, jacobian.shape[-2], jacobian.shape[-2])
+        else:
+            self.batch = max(self.batch, corner.shape[0])
+            below = torch.diag_embed(-corner)
+        matrix = grid([[hessian, -jacobian.mT], [-jacobian, below]])
         self.size = hessian.shape[-1]
         self.status = torch.zeros(self.batch, dtype=torch.int8, device=hessian.device)
         self._dense = None if ldl else SymmetricKKT(matrix, self.size)

@@ -71,12 +71,12 @@ class SymbolicKKT:
         return self._schur_factor() if self.route.name == "range-space" else self._system()
 
     def product(self, w: Refs, s: Refs) -> tuple[Refs, Refs]:
-        """K (w, s) = (H w - A's, -A w), H by its form: what the probe tests."""
+        """K (w, s) = (H w - A's, -A w - D s), H by its form: what the probe tests."""
         curved, pulled, constrained = self.terms(w, s, STACKED)
         build = self.build
         return (
             [build.minus(p, q) for p, q in zip(curved, pulled, strict=True)],
-            [build.scale(-1.0, x) for x in constrained],
+            [build.scale(-1.0, build.plus(x, y)) for x, y in zip(constrained, self._corner(s), strict=True)],
         )
 
     def terms(self, w: Refs, s: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
@@ -148,6 +148,7 @@ class SymbolicKKT:
             add_y=add,
             negate=lambda x: [build.scale(-1.0, p) for p in x],
             hold=lambda x: [build.hold(p) for p in x],
+            corner=self._corner if self.declared.cornered else None,
         )
         w, s = range_space(steps, a, b, self.refinements)
         return w, s, status
@@ -182,15 +183,17 @@ class SymbolicKKT:
             out.append(build.plus(*pieces) if pieces else build.number(0.0))
         return out
 
+    def _corner(self, y: Refs) -> Refs:
+        """D y, one ref a constraint."""
+        return [self.build.times(d, p) for d, p in zip(self._corners(), y, strict=True)]
+
     @cached_property
     def _schur_numbers(self) -> list[float] | None:
         """The diagonal of S without its common factor, where that is a number for each constraint; else None."""
         form = self.route.schur
-        if (
-            form is None
-            or form.kind not in ("diagonal", "scaled-identity")
-            or self.route.schur_solver != "Divide"
-        ):
+        if form is None or form.kind not in ("diagonal", "scaled-identity"):
+            return None
+        if self.route.schur_solver != "Divide":
             return None
         entries = [row[k].diagonal for k, row in enumerate(form.grid)]
         numbers = [None if entry is None else self.build.as_number(entry) for entry in entries]
@@ -236,14 +239,26 @@ class SymbolicKKT:
         """K by numbers: H structured or dense, A written out."""
         build, space = self.build, self.route.hessian.space
         jacobian = jacobian_matrix(self.declared, space.columns)
+        args: list[tuple[Ref, Sequence[Label], int]] = [(jacobian, jacobian.labels, BATCHED)]
+        corner = ""
+        if self.declared.cornered:
+            rows = self.declared.constraint_space
+            flat = lowering.pack(build, rows, self._corners(), rows.rows, BATCHED)
+            corner = ", corner={2}"
+            args.append((flat, flat.labels, BATCHED))
         if self.route.name == "full":
             hessian = lowering.dense_matrix(build, self.route.hessian)
             option = ", ldl=True" if self.route.solver == "ldl" else ""
-            text, of_hessian = f"saddle.FullKKT({{0}}, {{1}}{option})", (hessian, hessian.labels, BATCHED)
-        else:
-            null = ", null_vectors" if self.route.dependent is not None else ""
-            text, of_hessian = f"saddle.RangeSpace({{0}}, {{1}}{null})", (self._hessian_factor(), (), -1)
-        return call(build, text, [of_hessian, (jacobian, jacobian.labels, BATCHED)], (), BATCHED, "kkt")
+            text = f"saddle.FullKKT({{0}}, {{1}}{option}{corner})"
+            return call(build, text, [(hessian, hessian.labels, BATCHED), *args], (), BATCHED, "kkt")
+        null = ", null_vectors" if self.route.dependent is not None else ""
+        text = f"saddle.RangeSpace({{0}}, {{1}}{null}{corner})"
+        return call(build, text, [(self._hessian_factor(), (), -1), *args], (), BATCHED, "kkt")
+
+    def _corners(self) -> Refs:
+        """D, one ref a constraint."""
+        found = [self.declared.corner(c) for c in self.declared.constraints]
+        return [self.build.number(0.0) if ref is None else ref for ref in found]
 
     def _numbers(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
         """(w, s) by the numbers of `_system`."""

@@ -145,7 +145,7 @@ def _judge_proposal(
     found = check(plan, proposal.u, lam, theta, tol)
     status = found.status
     if proposal.status is not None:
-        status = _agreed(found.status, proposal.status)
+        status = agreed(found.status, proposal.status)
         found = replace(found, status=status, all_ok=False)
     hint = ""
     if proposal.multipliers and not found.all_ok and bool((status == int(Status.NOT_OPTIMAL)).any()):
@@ -189,7 +189,7 @@ def estimate_multipliers(plan: Plan, u: Leaves, theta: Leaves) -> Leaves:
     )
 
 
-def _agreed(measured: Tensor, said: Tensor) -> Tensor:
+def agreed(measured: Tensor, said: Tensor) -> Tensor:
     """One verdict from the measured one and the one that `solve` gave.
 
     The rule decides whether a sample is optimal, so "not converged" does not outlive it; any other remark of

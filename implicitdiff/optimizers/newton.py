@@ -192,12 +192,18 @@ class Newton:
         curvature: Tensor | None = None
         for attempt in range(16):
             w, s, status = system.solve(
-                point, -point.gradient, point.constraint, shift if bool((shift > 0).any()) else None
+                point,
+                -point.gradient,
+                point.constraint,
+                shift if bool((shift > 0).any()) else None,
+                ~settled,
             )
             finite = torch.isfinite(w).all(1) & torch.isfinite(s).all(1)
             slope, needed = slope_along(point, w, s, penalty)
             downhill = finite & (slope < 0)
             vouched = (status == int(Status.OK)) | (status == int(Status.DAMPED))
+            # Dependent constraints: the step of least norm, which the residual judges like any other.
+            vouched = vouched | (status == int(Status.NOT_REGULAR))
             # A singular K has a step of least norm, which is as good as Newton's where it is not wild. With
             # constraints an indefinite H says nothing about the tangent space, and no shift of H repairs
             # dependent constraints: after two attempts any step that goes down will do.
@@ -298,5 +304,6 @@ class Newton:
             torch.zeros_like(point.u),
             torch.where(bent[:, None], trial.constraint, 0),
             shift if bool((shift > 0).any()) else None,
+            bent,
         )
         return system.evaluate(trial.u + torch.where(bent[:, None], w, 0), trial.multipliers)

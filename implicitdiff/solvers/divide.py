@@ -69,13 +69,13 @@ class DiagonalFactorization(Factorization):
     def __init__(self, diagonal: Tensor) -> None:
         """Keep the diagonal, (B, m) or (B, 1)."""
         self._diagonal = diagonal
-        self._has_bad = False
+        self._bad: Tensor | None = None
         self.status = all_ok(diagonal.shape[0], diagonal.device)
         self._positive: Tensor | None = None
         if all_positive(diagonal):
             return
         bad, self._positive = examine(diagonal)
-        self._has_bad = bool(bad.any())
+        self._bad = bad[:, None] if bool(bad.any()) else None
         self.status = torch.where(bad, int(Status.SINGULAR), int(Status.OK)).to(torch.int8)
 
     @cached_property
@@ -86,7 +86,7 @@ class DiagonalFactorization(Factorization):
     def solve(self, rhs: Tensor) -> Tensor:
         """Return rhs / d, (..., B, m)."""
         solution = rhs / self._diagonal
-        return torch.where(rhs == 0, 0.0, solution) if self._has_bad else solution
+        return solution if self._bad is None else torch.where(self._bad & (rhs == 0), 0.0, solution)
 
 
 class Divide(LinearSolver):

@@ -84,10 +84,11 @@ def iterate(
         limit: the largest number of steps; the iteration gives up early where its rate predicts half as many again.
 
     Returns:
-        The solutions. Rows that are exactly zero give exactly zero. Rows that converge before the others go on, which
-        changes rounding only. Cost: one product and about 15 operations on vectors a step, one number read.
+        The solutions. Rows that are exactly zero give exactly zero. Rows of one sample that converge before the others
+        go on, which changes rounding only; samples stop each for itself, so that none sees another. Cost: one product
+        and about 15 operations on vectors a step, one number read.
     """
-    tiny, stop = torch.finfo(rhs.dtype).tiny, tolerance**2
+    tiny, ends = torch.finfo(rhs.dtype).tiny, _Ends(tolerance**2, 4.0 * rhs.shape[-1], limit)
     # Scaled to a largest entry of 1: squares of tiny cotangents would underflow in float32.
     size = rhs.abs().amax(-1, keepdim=True).clamp_(min=tiny)
     residual = rhs / size
@@ -105,27 +106,75 @@ def iterate(
         scaled = residual if inverse is None else residual * inverse
         following = (residual * scaled).sum(-1, keepdim=True)
         left = following / start
-        worst = float(left.amax())
+        worst: list[float] = left.amax(1).flatten().tolist()
         if steps == 0:
             solution, shortcut = along * direction, along
-            enough = stop / min(1.0, 4.0 * rhs.shape[-1] * worst) if worst > 0.0 else stop
+            ends.begin(worst)
         else:
             solution.addcmul_(along, direction)
         steps += 1
-        if worst <= enough or not _promising(worst, enough, steps, limit):
+        going = ends.going(worst, steps)
+        if not any(going):
             break
+        if not all(going):
+            following = torch.where(_flags(going, rhs), following, 0.0)  # a length of 0: it stays where it is
         turn = following / length.clamp_(min=tiny)
         direction = torch.addcmul(scaled, turn, direction)
         length = following
-    if enough > stop:
+    earlier = ends.earlier()
+    if all(earlier):
         solution.addcmul_(shortcut, scaled)
-    return Iteration(solution.mul_(size), None if worst <= enough else left[..., 0] <= enough, steps)
+    elif any(earlier):
+        solution.addcmul_(torch.where(_flags(earlier, rhs), shortcut, 0.0), scaled)
+    return Iteration(solution.mul_(size), ends.converged(worst, left), steps)
 
 
-def _promising(worst: float, stop: float, steps: int, limit: int) -> bool:
-    """Return whether the rate so far reaches ``stop`` within the limit, half as many steps again allowed for."""
-    if not worst < math.inf or steps >= limit:
-        return False
-    if steps < 3:
-        return True
-    return worst < 1.0 and steps * math.log(stop) / math.log(worst) <= 1.5 * limit
+class _Ends:
+    """When each sample may end: one number a sample, held in Python, where comparing them costs no operation of torch.
+
+    Attributes:
+        enough: what is left of the squared residual of a sample when it has converged.
+    """
+
+    def __init__(self, stop: float, spread: float, limit: int) -> None:
+        """Take the tolerance squared, 4 m, and the largest number of steps."""
+        self._stop, self._spread, self._limit = stop, spread, limit
+        self.enough: list[float] = []
+
+    def begin(self, worst: list[float]) -> None:
+        """Set the ends from what is left after the first step: the last step will take as much off again."""
+        self.enough = [self._stop / min(1.0, self._spread * w) if w > 0.0 else self._stop for w in worst]
+
+    def going(self, worst: list[float], steps: int) -> list[bool]:
+        """Return which samples go on: not done, finite, and at a rate that reaches the end within the limit.
+
+        Half as many steps again are allowed for, and the first three tell nothing.
+        """
+        if steps >= self._limit:
+            return [False] * len(worst)
+        if steps < 3:
+            return [e < w < math.inf for w, e in zip(worst, self.enough, strict=True)]
+        rate = steps / (1.5 * self._limit)
+        return [e < w < 1.0 and w <= e**rate for w, e in zip(worst, self.enough, strict=True)]
+
+    def earlier(self) -> list[bool]:
+        """Return which samples may end earlier than at the tolerance, because of the last step."""
+        return [e > self._stop for e in self.enough]
+
+    def converged(self, worst: list[float], left: Tensor) -> Tensor | None:
+        """Return which rows (B, R) converged, None where all did."""
+        if all(w <= e for w, e in zip(worst, self.enough, strict=True)):
+            return None
+        return left[..., 0] <= left.new_tensor(self.enough)[:, None]
+
+
+def _flags(values: list[bool], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)[:, None, None]
+
+
+def lost_samples(found: Iteration, unfit: Tensor | None) -> Tensor:
+    """Return which samples (B,) have a row that did not converge, or were not fit for the iteration."""
+    lost = found.solution.new_zeros(len(found.solution), dtype=torch.bool)
+    if found.converged is not None:
+        lost = ~found.converged.all(1)
+    return lost if unfit is None else lost | unfit

@@ -7,9 +7,8 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +25,16 @@ from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
 from implicitdiff.status import Status, all_ok, is_all_ok
 from implicitdiff.structure.analyze import classify
-from implicitdiff.structure.probe import agree, direction
+from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
+from implicitdiff.structured import merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
+from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
+from implicitdiff.structured.probe import Probe
 from implicitdiff.structured.report import report
-from implicitdiff.structured.run import Run
+from implicitdiff.structured.run import Run, lost, off_zero
 from implicitdiff.structured.writer import Writer, Written
 
 assert rules.__all__  # importing the package is what registers the translation rules
@@ -49,7 +51,13 @@ class StructuredPlan:
     """
 
     def __init__(
-        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+        self,
+        trace: Trace,
+        linear_solver: str,
+        dense: AutodiffPlan,
+        shown: Sequence[bool] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
         """Derives everything.
 
@@ -58,6 +66,7 @@ class StructuredPlan:
             linear_solver: the layer's option.
             dense: the plan to fall back on.
             shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
+            compiled: whether the emitted functions go through torch.compile.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -66,15 +75,16 @@ class StructuredPlan:
         dtype = next(p.dtype for p in trace.placeholders if p.dtype.is_floating_point)
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
-        self.declared = Declared(program, [tuple(shape) for shape in outputs])
+        self.declared = Declared(program, [tuple(shape) for shape in outputs], trace.corner)
         declared = self.declared
         form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
         self.recipes = Recipes(self.declared, form, linear_solver, dtype)
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
-        self.writer = Writer(self.arguments, program.constants, null)
-        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
+        self.probe = Probe(self.recipes, self.writer, dense)
+        floating = [leaf.placeholder.moves for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
@@ -82,9 +92,10 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(
-            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
-        )
+        source = module(code.emitted.source, self.writer.namespace)
+        anchored = self.recipes.first == "anchored"
+        self.analysis: Analysis = report(declared, form, route, source, anchored=anchored)
+        self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool, bool], Run] = {}
 
@@ -95,7 +106,7 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            inside = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(off_zero(u), (), theta))[0]
             found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
@@ -157,8 +168,8 @@ class StructuredPlan:
 
     def factored(self, u: Leaves, lam: Leaves, theta: Leaves, made: Given) -> StructuredFactor:
         """K at a point, by a factorisation along the first way that was made elsewhere."""
-        known: dict[Way, Given] = {self.recipes.first: made}
-        return StructuredFactor(self._point(u, lam, theta, None), self._factors, self._solved, _made=known)
+        point = self._point(u, lam, theta, None)
+        return StructuredFactor(point, self._factors, self._solved, _made={self.recipes.first: made})
 
     def _point(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None) -> dict[str, Tensor]:
         values = self.arguments.point(u, lam, theta)
@@ -174,13 +185,20 @@ class StructuredPlan:
         """K^-1 rhs along the ways, with the factorisations of `factor` if there is one."""
         values = {**point, **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h)}
         shifted = "shift" in point
-        way: Way | None = self.recipes.first
-        while way is not None:
+
+        def attempt(way: Way) -> merge.Attempt[Leaves]:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
-            status = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
-            way = self._next(way, function, out, status)
-        lead, count = rhs_u[0].shape[:2], len(self.declared.variables)
+            verdict = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
+            return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
+
+        answer, status = self._settled(attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1))
+        count = len(self.declared.variables)
+        return answer[:count], answer[count:], status
+
+    def _pair(self, out: tuple[Any, ...], lead: torch.Size) -> Leaves:
+        """(*w, *s) with their leading axes (R, B), from the results of `kkt_solve`."""
+        count = len(self.declared.variables)
         w = tuple(
             x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
             for x, leaf in zip(out[:count], self.declared.variables, strict=True)
@@ -188,7 +206,7 @@ class StructuredPlan:
         s = self.arguments.joined(
             [b.expand(*lead, *b.shape[2:]) for b in out[count : count + len(self.declared.constraints)]], 2
         )
-        return w, s, status
+        return (*w, *s)
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
         return self.writer.function(
@@ -210,21 +228,40 @@ class StructuredPlan:
         names = function.emitted.results
         return dict(zip(names, function(point), strict=True)) if names else {}
 
-    def _next(self, way: Way, function: Written, out: tuple[Any, ...], status: Tensor) -> Way | None:
-        """What to try after `way`: refinements where digits cancelled, K as one matrix where H or S is singular.
+    def _settled(
+        self,
+        attempt: Callable[[Way], merge.Attempt[merge.A]],
+        mend: Callable[[Tensor, merge.A, merge.A], merge.A],
+    ) -> tuple[merge.A, Tensor]:
+        """The answer and the status along the ways; each sample keeps that of the first way that served it."""
+        tried = attempt(self.recipes.first)
+        answer, status = tried.answer, tried.status
+        further = self._next(self.recipes.first, tried, status)
+        while further is not None:
+            way, redo = further
+            tried = attempt(way)
+            answer, status = mend(redo, tried.answer, answer), torch.where(redo, tried.status, status)
+            further = self._next(way, tried, status)
+        return answer, status
 
-        The last is for a singular H with a regular K, and for constraints that depend on each other by their values;
-        a singular H that is banded is anchored first, where that leaves it banded.
-        """
-        found = function.emitted.results
-        if len(found) > 1 and found[-2] == "cancelled" and out[-2]:
-            return "refined"
+    def _next(self, way: Way, tried: merge.Attempt[merge.A], status: Tensor) -> tuple[Way, Tensor] | None:
+        """What to try after `way`, for which samples (B,): refinements where digits cancelled, K as one matrix where
+        H or S is singular (with a regular K, or constraints that depend by their values). A singular H that is banded
+        is anchored first, where that leaves it banded."""
+        found = tried.function.emitted.results
+        if len(found) > 1 and found[-2] == "cancelled":
+            cancelled = merge.flagged(tried.out[-2], len(status), status)
+            if cancelled is not None:
+                return "refined", cancelled
         if is_all_ok(status):
             return None
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
-        if whole or not bool(status.any()) or not bool((status == Status.SINGULAR).any()):
+        if whole or not bool(status.any()):
             return None
-        return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
+        singular = merge.unsolved(status, self.declared)
+        if singular is None:
+            return None
+        return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8 and not is_all_ok(status):
@@ -249,33 +286,40 @@ class StructuredPlan:
         given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         if isinstance(factor, StructuredFactor):
             with factor.lock:
-                found = self._pulled(given, tuple(needs), v_lam is not None, factor)
-            if found is not None:
-                return found
-        way: Way | None = self.recipes.first
-        while way is not None:
+                pulled = self._pulled(given, tuple(needs), v_lam is not None, factor)
+            if pulled is not None:
+                return pulled
+
+        def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
-            if run.function.fragile and self._lost(run.function, out, u):
-                out = run.call((_off_zero(u), *given[1:]))
-            status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
-            way = self._next(way, run.function, out, status)
-        return run.gradients(out, theta), status
+            if run.function.fragile and lost(run.function, out, u):
+                out = run.call((off_zero(u), *given[1:]))
+            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
+
+        return self._settled(attempt, self._merged)
 
     def _pulled(
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
     ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
         """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
         u, _, theta, *_ = given
-        way: Way | None = self.recipes.first
-        while way is not None:
+        moved = False
+
+        def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
+            nonlocal moved
             run = self._run(way, needs, with_lam, given=True)
             out = run.call((*given, tuple(factor.given(way).values())))
-            if run.function.fragile and self._lost(run.function, out, u):
-                return None
-            status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
-            way = self._next(way, run.function, out, status)
-        return run.gradients(out, theta), status
+            moved = moved or bool(run.function.fragile and lost(run.function, out, u))
+            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
+
+        found = self._settled(attempt, self._merged)
+        return None if moved else found
+
+    def _merged(self, redo: Tensor, new: merge.Gradients, old: merge.Gradients) -> merge.Gradients:
+        return merge.merged_gradients(redo, new, old, self._batched)
 
     def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool, given: bool = False) -> Run:
         """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
@@ -313,29 +357,16 @@ class StructuredPlan:
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 
-    def _lost(self, function: Written, out: Sequence[Any], u: Leaves) -> bool:
-        """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
-
-        The large gradients are not read again: they have the pattern of w, which is 0 there.
-        """
-        for name, value in zip(function.emitted.results, out, strict=True):
-            small = name in function.fragile and value.is_floating_point() and value.numel() < u[0].numel()
-            # a sum that overflows costs a second run, nothing else
-            if small and not math.isfinite(float(value.sum())):
-                return True
-        return False
-
     # ---------------------------------------------------------------- the probe
 
-    @property
-    def probed(self) -> bool:
-        """Whether a product has been compared with automatic differentiation, and agreed."""
-        return self._contradiction is False
+    probed = property(
+        lambda self: self._contradiction is False, doc="Whether the structure was compared, and agreed."
+    )
 
     def contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
         """Whether the product tested on the first call with data differs from automatic differentiation."""
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
-            self._contradiction = not agree(*self._probe(u, lam, theta))
+            self._contradiction = not agree(*self.probe(u, lam, theta))
             if self._contradiction:
                 warnings.warn(
                     f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
@@ -344,25 +375,6 @@ class StructuredPlan:
                     stacklevel=2,
                 )
         return bool(self._contradiction)
-
-    def _probe(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Leaves]:
-        """K z for the first sample and a fixed z: by the forms, and by automatic differentiation."""
-        one_u, one_lam = tuple(t[:1] for t in u), tuple(t[:1] for t in lam)
-        if self.declared.constraints and not lam:
-            one_lam = tuple(u[0].new_zeros(1, *shape) for shape in self.declared.output_shapes)
-        one_theta = tuple(
-            t[:1] if leaf.placeholder.batched else t
-            for t, leaf in zip(theta, self.declared.theta, strict=True)
-        )
-        w = tuple(direction(t, 1.0 + k) for k, t in enumerate(one_u))
-        s = tuple(direction(t, 2.0 + k) for k, t in enumerate(one_lam))
-        stacked = self.arguments.sides("rhs_u", "rhs_h", tuple(t[None] for t in w), tuple(t[None] for t in s))
-        function = self.writer.function("probe", "kkt_product", "K (rhs_u, rhs_h)", self.recipes.kkt_product)
-        out = function({**self.arguments.point(one_u, one_lam, one_theta), **stacked})
-        on_u = tuple(x.expand(1, 1, *x.shape[2:]).reshape(t.shape) for x, t in zip(out, one_u, strict=False))
-        on_h = tuple(t[0] for t in self.arguments.joined(out[len(one_u) :], 2))
-        product_u, product_h = self.dense.lagrangian.kkt_product(one_u, one_lam, one_theta, w, s)
-        return (*on_u, *on_h), (*product_u, *product_h)
 
     # ---------------------------------------------------------------- the matrices
 
@@ -386,8 +398,3 @@ class StructuredPlan:
             start += space.entries(k)
         order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
         return rows[:, order]
-
-
-def _off_zero(u: Leaves) -> Leaves:
-    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
-    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)

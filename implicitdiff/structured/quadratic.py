@@ -184,6 +184,8 @@ def _moving(recipes: Recipes) -> frozenset[int]:
 def _is_quadratic(recipes: Recipes) -> bool:
     """Whether f is quadratic and h affine in u: H and A depend on neither u nor lam, and nothing has a kink."""
     declared, moving = recipes.declared, _moving(recipes)
+    if any(declared.corner(c) is not None for c in declared.constraints):
+        return False
     below = {node.id: node for node in reachable([declared.lagrangian.node])}
     moved: set[int] = set()
     for node in below.values():  # children come first
