@@ -186,12 +186,39 @@ def test_what_is_not_proved_quadratic_is_not_solved_as_if_it_were() -> None:
     torch.testing.assert_close(idf.solve(Kinked(), away).u, away - 1.0, rtol=1e-8, atol=1e-8)
 
 
-def test_a_singular_sample_is_left_to_the_optimizer() -> None:
-    """H of the second sample is singular, K is not."""
-    Q, q, A, b = program(2, 4, 2)
-    Q[1] = torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64))
-    found = idf.solve(Program(), Q, q, A, b)
-    torch.testing.assert_close(found.u, reference(Q, q, A, b), rtol=1e-8, atol=1e-8)
+@pytest.mark.parametrize("last", [0.0, -1.0])
+def test_a_sample_without_a_definite_hessian_is_left_to_the_optimizer(last: float) -> None:
+    """H of the second sample is singular or indefinite, K is not; the other samples keep their bits."""
+    inputs = program(3, 4, 2)
+    Q, A = inputs[0], inputs[2]
+    layer = idf.DeclarativeLayer(Program())
+    before = layer.solve(*inputs)
+    Q[1] = torch.diag(torch.tensor([1.0, 2.0, 3.0, last], dtype=torch.float64))
+    A[1] = torch.tensor([[0.0, 0.0, 0.0, 2.0], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    found = layer.solve(*inputs)
+    torch.testing.assert_close(found.u, reference(*inputs), rtol=1e-8, atol=1e-8)
+    assert torch.equal(found.u[[0, 2]], before.u[[0, 2]])
+    assert found.iterations[[0, 2]].tolist() == [1, 1]
+    leaves = tuple(x.clone().requires_grad_() for x in inputs)
+    v = numbers(*found.u.shape, seed=9)
+    ours = torch.autograd.grad(layer(*leaves), leaves, v)
+    theirs = torch.autograd.grad(reference(*leaves), leaves, v)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_digits_that_the_factorisation_loses_are_won_back() -> None:
+    """One sample of three is badly conditioned: it alone is solved twice."""
+    inputs = program(3, 6, 2)
+    Q, q, A, _ = inputs
+    scale = torch.logspace(0, -5, 6, dtype=torch.float64)
+    Q[1] = scale[:, None] * Q[1] * scale
+    found = idf.solve(Program(), *inputs)
+    assert found.residual is not None
+    assert float(found.residual.max()) < 1e-12
+    u, H = found.u[1], Q[1]
+    gradient = H @ u + q[1] - A[1].mT @ found.equality_multipliers[1]
+    assert float(gradient.abs().max()) < 1e-10 * float(q[1].abs().max())
 
 
 def test_slices_in_several_constraints() -> None:

@@ -160,7 +160,8 @@ def anchor_weight(curvature: Tensor, slope: Tensor) -> Tensor:
 class RangeSpace:
     """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves.
 
-    Where H = L L' in every sample, S = G'G with G = L^-1 A': half the solves, and symmetric as it stands.
+    Where H = L L', S = G'G with G = L^-1 A': half the solves, and symmetric as it stands. The samples in which H is not
+    positive definite are a `RangeSpace` of their own.
 
     Attributes:
         status: (B,) int8, of both factorisations.
@@ -175,22 +176,29 @@ class RangeSpace:
     ) -> None:
         """Factors S + D; `null_vectors` (p,) are the proved dependences between the rows of A, `corner` (B, p) is D."""
         self.factor, self.jacobian, self.corner = factor, jacobian, corner
-        self.lower = factor.lower if isinstance(factor, CholeskyFactorization) else None
-        if null_vectors or corner is not None or self.lower is None or len(self.lower) != len(jacobian):
-            self.lower = None
+        self.lower: Tensor | None = None
+        own = factor if isinstance(factor, CholeskyFactorization) else None
+        if own is None or null_vectors or corner is not None or len(own.lower) != len(jacobian):
+            own = None
             inverse = factor.solve(jacobian.transpose(0, 1))
             schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
             if corner is not None:
                 schur = with_diagonal(schur, corner)
             schur = (schur + schur.mT) / 2
         else:
-            self.half = torch.linalg.solve_triangular(self.lower, jacobian.mT, upper=False)
+            self.lower = own.lower
+            self.half = torch.linalg.solve_triangular(own.lower, jacobian.mT, upper=False)
             schur = self.half.mT @ self.half
         whole: LinearOperator = operators.Dense(schur, symmetric=True)
         if null_vectors:
             whole = operators.Block(((whole,),), (whole.size,), null_vectors=null_vectors)
         self.schur = solvers.Cholesky().factor(whole)
         self.status = merged(factor.status, self.schur.status)
+        self.rest: tuple[Tensor, RangeSpace] | None = None
+        if own is not None and own.rest is not None:
+            samples, others = own.rest
+            self.rest = samples, RangeSpace(others, jacobian[samples])
+            self.status = self.status.index_copy(0, samples, self.rest[1].status)
 
     @property
     def definite(self) -> Tensor | None:
@@ -199,6 +207,14 @@ class RangeSpace:
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, for a (..., B, m), b (..., B, p)."""
+        w, s = self._solve(a, b)
+        if self.rest is None:
+            return w, s
+        samples, rest = self.rest
+        own_w, own_s = rest.solve(a[..., samples, :], b[..., samples, :])
+        return w.index_copy(-2, samples, own_w), s.index_copy(-2, samples, own_s)
+
+    def _solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.lower is not None and a.dim() == 2 and a.shape[0] == self.lower.shape[0]:
             # S s = -(b + G'd) with d = L^-1 a, then L'w = d + G s; rows on the left of a matrix are faster
             reduced = torch.linalg.solve_triangular(self.lower, a[:, :, None], upper=False).mT

@@ -106,10 +106,9 @@ def solve_forward(
                 )
             proposal = run_solve(problem, plan, bound, theta, batch, start)
             return _judge_proposal(problem, plan, theta, proposal, allowed, policy)
-        if optimizer is None:
-            solved = solve_quadratic(plan, theta, batch, allowed)
-            if solved is not None:
-                return _direct(solved)
+        solved = solve_quadratic(plan, theta, batch, allowed) if optimizer is None else None
+        if solved is not None and solved.good is None:
+            return _direct(solved)
         chosen = default_optimizer(problem, plan)[0] if optimizer is None else optimizer
         if chosen is None or not callable(getattr(chosen, "minimize", None)):
             raise OptionError(
@@ -122,15 +121,34 @@ def solve_forward(
                     "declare init(self, *inputs), or give init= to this call"
                 )
             start = initial_leaves(problem, plan, bound, theta, batch)
-        return _run_optimizer(plan, theta, start, chosen, allowed, policy)
+        found = _run_optimizer(plan, theta, start, chosen, allowed, policy)
+        return found if solved is None else _mixed(solved, found)
+
+
+def _mixed(solved: Solved, found: ForwardResult) -> ForwardResult:
+    """The good samples of a quadratic problem as if they were alone, the others as the optimizer left them."""
+    good, direct = solved.good, _direct(solved)
+    assert good is not None
+
+    def pick(mine: Tensor, theirs: Tensor) -> Tensor:
+        return torch.where(good.reshape(-1, *(1,) * (mine.dim() - 1)), mine, theirs)
+
+    return ForwardResult(
+        tuple(map(pick, direct.u, found.u)),
+        tuple(map(pick, direct.multipliers, found.multipliers)),
+        pick(direct.status, found.status),
+        pick(direct.iterations, found.iterations),
+        pick(direct.residual, found.residual),
+        found.failed & ~good,
+    )
 
 
 def _direct(solved: Solved) -> ForwardResult:
-    """The result of a quadratic problem: every sample is OK."""
+    """The result of a quadratic problem whose samples are all OK."""
     status = torch.zeros_like(solved.residual, dtype=torch.int8)
-    solves = torch.full_like(status, solved.solves, dtype=torch.int64)
-    good = torch.zeros_like(status, dtype=torch.bool)
-    return ForwardResult(solved.u, solved.multipliers, status, solves, solved.residual, good, solved.factor)
+    lost = torch.zeros_like(status, dtype=torch.bool)
+    u, lam = solved.u, solved.multipliers
+    return ForwardResult(u, lam, status, solved.solves, solved.residual, lost, solved.factor)
 
 
 def _judge_proposal(

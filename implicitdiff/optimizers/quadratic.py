@@ -4,7 +4,6 @@ In: a plan and the tensors of a call. Out: `Solved`, held against the optimality
 factorisation that the derivatives use again; or None, and then an optimizer starts. Next: forward.py.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.optimality import check
 from implicitdiff.plan import Plan
+from implicitdiff.status import Status
 from implicitdiff.structured.plan import StructuredPlan
 from implicitdiff.structured.quadratic import minimum
 
@@ -25,13 +25,17 @@ ROUNDING = 64
 
 @dataclass(frozen=True)
 class Solved:
-    """A minimum, every sample OK: leaves (B, *shape), relative residual (B,), how many solves it took, K factored."""
+    """A minimum: leaves (B, *shape), relative residual and number of solves (B,), K factored.
+
+    `good` are the samples (B,) that are OK; None where all are.
+    """
 
     u: Leaves
     multipliers: Leaves
     residual: Tensor
-    solves: int
+    solves: Tensor
     factor: KKTFactor
+    good: Tensor | None
 
 
 def solve_quadratic(plan: Plan, theta: Sequence[Tensor], batch: int, tol: float) -> Solved | None:
@@ -49,7 +53,7 @@ def solve_quadratic(plan: Plan, theta: Sequence[Tensor], batch: int, tol: float)
         tol: The tolerance of the rule.
 
     Returns:
-        None where nothing is proved, H is not positive definite, or a sample is not OK in the end. Cost: one
+        None where nothing is proved, or no H is positive definite. Every sample goes its own way. Cost: one
         factorisation of K, one solve, one product with K; for a refinement a solve and one pass for D_u L and h.
     """
     if not isinstance(plan, StructuredPlan):
@@ -58,21 +62,29 @@ def solve_quadratic(plan: Plan, theta: Sequence[Tensor], batch: int, tol: float)
     start = minimum(plan, theta, batch)
     if start is None:
         return None
-    u, lam, residual = start.u, start.multipliers, start.ratio
+    u, lam, residual, good = start.u, start.multipliers, start.ratio, start.good
     enough = min(tol / start.summands, ROUNDING * torch.finfo(u[0].dtype).eps)
-    if float(residual.amax()) <= enough and _finite((*u, *lam)):
-        return Solved(u, lam, residual, 1, start.factor)
+    solves = torch.ones_like(residual, dtype=torch.int64)
+    redo = ~(residual <= enough)
+    if not bool(redo.any()):
+        return Solved(u, lam, residual, solves, start.factor, good)
     gradient, constraint = start.error
     w, s, _ = start.factor.solve(
         tuple(-leaf[None] for leaf in gradient), tuple(leaf[None] for leaf in constraint)
     )
-    refined_u = tuple(a + b[0] for a, b in zip(u, w, strict=True))
-    refined_lam = tuple(a + b[0] for a, b in zip(lam, s, strict=True))
-    found = check(plan, refined_u, refined_lam, theta, tol)
-    if not found.all_ok and bool(found.status.any()):
-        return None
-    return Solved(refined_u, refined_lam, found.residuals.relative, 2, start.factor)
+    u, lam = (
+        tuple(torch.where(_along(redo, a), a + b[0], a) for a, b in zip(old, step, strict=True))
+        for old, step in ((u, w), (lam, s))
+    )
+    found = check(plan, u, lam, theta, tol)
+    residual = torch.where(redo, found.residuals.relative, residual)
+    if not found.all_ok:
+        passed = ~redo | (found.status == Status.OK)
+        good = passed if good is None else good & passed
+        if bool(good.all()):
+            good = None
+    return Solved(u, lam, residual, torch.where(redo, 2, solves), start.factor, good)
 
 
-def _finite(leaves: Leaves) -> bool:
-    return math.isfinite(float(sum(leaf.sum() for leaf in leaves)))
+def _along(mask: Tensor, leaf: Tensor) -> Tensor:
+    return mask.reshape(-1, *(1,) * (leaf.dim() - 1))

@@ -76,9 +76,14 @@ class CholeskyFactorization(ColumnFactorization):
         return torch.ones_like(self.status, dtype=torch.bool) if self._regular is None else self._regular
 
     @property
-    def lower(self) -> Tensor | None:
-        """L of A = L L' where every sample is positive definite, else None."""
-        return self._factor if self._others is None else None
+    def lower(self) -> Tensor:
+        """L of A = L L', (B, m, m); the identity in the samples of ``rest``."""
+        return self._factor
+
+    @property
+    def rest(self) -> tuple[Tensor, Factorization] | None:
+        """The samples (n,) that are not positive definite and their own factorisation; None where all are."""
+        return None if self._others is None else (self._others, self._fallback)
 
     def solve_columns(self, columns: Tensor) -> Tensor:
         """Return the solutions (B, m, C); 2 m^2 flops a column."""

@@ -7,7 +7,7 @@ derivatives need no other. Next: `optimizers/quadratic.py`, which holds the mini
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from implicitdiff.graph.build import REBUILT, Builder
 from implicitdiff.graph.calls import Output
 from implicitdiff.graph.ir import BATCHED, Ref, Unsupported, reachable
 from implicitdiff.graph.record import LOCK
-from implicitdiff.status import is_all_ok
+from implicitdiff.status import Status, is_all_ok
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.outputs import Recipes
 from implicitdiff.structured.plan import StructuredPlan
@@ -41,6 +41,7 @@ class Minimum:
         ratio: (B,), the larger of |D_u L|_inf and |h|_inf, each over the largest entry of the vectors that cancel in
             it: H u, g and A'lam, or A u and h0.
         summands: how many terms an entry of these vectors has at most.
+        good: the samples (B,) that this is the minimum of; None where it is of all.
     """
 
     u: Leaves
@@ -49,6 +50,7 @@ class Minimum:
     error: tuple[Leaves, Leaves]
     ratio: Tensor
     summands: int
+    good: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def minimum(plan: StructuredPlan, theta: Leaves, batch: int) -> Minimum | None:
         batch: B.
 
     Returns:
-        None where the problem is not proved quadratic, a sample's system is not positive definite on H or not OK, or
+        None where the problem is not proved quadratic, no sample's H is positive definite with a system that is OK, or
         the structure was contradicted; then an optimizer has to find out. The point is not yet held against any rule.
         Cost: that of `kkt_solve`, and one product with H, A and A'.
     """
@@ -92,15 +94,12 @@ def minimum(plan: StructuredPlan, theta: Leaves, batch: int) -> Minimum | None:
         for leaf in declared.variables
     )
     out = formula.function(arguments.point(nothing, (), theta))
-    status = out[-1]
-    verdict = isinstance(status, Tensor) and status.dtype == torch.int8
-    if verdict and not is_all_ok(status) and bool(status.any()):
-        return None
-    count, rows = len(declared.variables), len(declared.constraints)
     made = dict(zip(formula.function.emitted.results, out, strict=True))
     made = {name: value for name, value in made.items() if not isinstance(value, Tensor)}
-    if not formula.positive and not _definite(made):
+    good = _good(out[-1], () if formula.positive else made.values())
+    if good is not None and not bool(good.any()):
         return None
+    count, rows = len(declared.variables), len(declared.constraints)
 
     def on_u(start: int) -> Leaves:
         found = zip(out[start : start + count], nothing, strict=True)
@@ -120,7 +119,8 @@ def minimum(plan: StructuredPlan, theta: Leaves, batch: int) -> Minimum | None:
     if constraint:
         ratio = torch.maximum(ratio, _ratio(constraint, (*moved, *offset)))
     factor = plan.factored(u, lam, theta, made)
-    return Minimum(u, lam, factor, (gradient, constraint), ratio, formula.summands)
+    good = None if good is None else good.expand(batch)
+    return Minimum(u, lam, factor, (gradient, constraint), ratio, formula.summands, good)
 
 
 def _ratio(errors: Leaves, terms: Leaves) -> Tensor:
@@ -131,10 +131,20 @@ def _ratio(errors: Leaves, terms: Leaves) -> Tensor:
     return error / size
 
 
-def _definite(made: Mapping[str, Any]) -> bool:
-    """Whether the factorisation has proved H positive definite in every sample."""
-    known = [factor.definite for factor in made.values()]
-    return bool(known) and all(flags is not None and bool(flags.all()) for flags in known)
+def _good(status: Any, factors: Iterable[Any]) -> Tensor | None:
+    """The samples (B,) whose system was solved with an H that is proved positive definite; None where all are.
+
+    Each sample is judged by itself, so that its numbers do not depend on the others.
+    """
+    flags = []
+    if isinstance(status, Tensor) and status.dtype == torch.int8 and not is_all_ok(status):
+        flags.append(status == Status.OK)
+    for factor in factors:
+        known = factor.definite
+        flags.append(torch.zeros_like(factor.status, dtype=torch.bool) if known is None else known)
+    if all(bool(flag.all()) for flag in flags):
+        return None
+    return torch.stack(torch.broadcast_tensors(*flags)).all(0)
 
 
 _FORMULAS: weakref.WeakKeyDictionary[StructuredPlan, Formula | None] = weakref.WeakKeyDictionary()
