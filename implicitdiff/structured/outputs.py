@@ -80,7 +80,7 @@ class Recipes:
         solver = SymbolicKKT(declared, form, "auto", self.dtype, identity=True)
         lam, status = solver.least_squares(declared.gradient(declared.program.objective, declared.space.rows))
         outputs = [Output(c.name, ref, c.labels) for c, ref in zip(declared.constraints, lam, strict=True)]
-        return Recipe([*outputs, self._status([status])], lam)
+        return Recipe([*outputs, self.verdict(status, lam)], lam)
 
     # ---------------------------------------------------------------- the KKT system
 
@@ -172,15 +172,16 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self._status(status, [*w, *s], STACKED)]
-        return Recipe(outputs, [*s, *w], self._factors(kkt) if given else {})
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, s or w, STACKED)]
+        return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
         """The factorisation that a solve with `given` takes: one object, or nothing where H is only divided by."""
-        found = self._factors(self._solver(way, shifted=shifted))
+        found = self.factors(self._solver(way, shifted=shifted))
         return Recipe([Output(name, ref, (), prefix=-1) for name, ref in found.items()], [])
 
-    def _factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+    def factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+        """The factorisation that a solve works with, by its name; empty where H is only divided by."""
         ref = kkt.factor()
         return {} if ref is None else {ref.node.data[-1]: ref}
 
@@ -202,7 +203,7 @@ class Recipes:
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
         return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
 
-    def _status(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
+    def verdict(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""
         if not status:
             labelled = [ref for ref in answers if ref.node.prefix >= prefix]
@@ -260,9 +261,9 @@ class Recipes:
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
         first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
-        verdict = self._status(status, [*bare_w, *held_s], BATCHED)
+        verdict = self.verdict(status, held_s or bare_w, BATCHED)
         steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
-        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {}, steps)
+        return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
 
     def _without_number(self, ref: Ref) -> tuple[float, Ref]:
         """(number, ref / number): the coefficient of a product and its factors."""
