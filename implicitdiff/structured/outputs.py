@@ -205,20 +205,30 @@ class Recipes:
 
     def verdict(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""
+        labelled = [ref for ref in answers if ref.node.prefix >= prefix]
         if not status:
-            labelled = [ref for ref in answers if ref.node.prefix >= prefix]
             if not labelled or self._divides_by_numbers():
                 return Output("status", self.build.number(0.0), ())
-            text = (
-                f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(labelled)))})"
-            )
-            args = [(ref, ref.labels, prefix) for ref in labelled]
-            return Output("status", call(self.build, text, args, (), BATCHED, "status"), (), prefix=-1)
+            return Output("status", self._divided(labelled, prefix, "status"), (), prefix=-1)
+        if self._masked and labelled:
+            # What is divided out of S, and H where it is diagonal, may be 0 on some active sets.
+            status = [*status, self._divided(labelled, prefix)]
         if len(status) == 1:
             return Output("status", status[0], (), prefix=-1)
         text = ", ".join(f"{{{k}}}" for k in range(len(status)))
         merged = call(self.build, f"saddle.merged({text})", [(ref, (), -1) for ref in status], (), BATCHED)
         return Output("status", merged, (), prefix=-1)
+
+    def _divided(self, answers: Sequence[Ref], prefix: int, name: str = "divided") -> Ref:
+        """The verdict on answers that came by division."""
+        text = f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(answers)))})"
+        return call(self.build, text, [(ref, ref.labels, prefix) for ref in answers], (), BATCHED, name)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether the problem is one on an active set, and S is used as it stands in symbols."""
+        masks = any(leaf.placeholder.role == "mask" for leaf in self.declared.theta)
+        return masks and self.kkt.route.name == "range-space"
 
     def _divides_by_numbers(self) -> bool:
         """Whether H is a number times the identity, or numbers on the diagonal, and there is no S."""
@@ -261,7 +271,7 @@ class Recipes:
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
         first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
-        verdict = self.verdict(status, held_s or bare_w, BATCHED)
+        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
         steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
         return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
 
