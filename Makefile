@@ -37,7 +37,7 @@ EXTRAS_peers := bench,peers
 .PHONY: demo test slow test-dask test-browser lint format bench peers fuzz clean distclean help
 
 demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on scikit-learn's digits
-	$(BIN)/python docs/demo/main.py
+	$(BIN)/implicitdiff demo
 
 test: $(VENV)/installed-test  ## all tests, one process for each core
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
