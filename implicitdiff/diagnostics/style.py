@@ -69,7 +69,7 @@ def log_scale(axis: Any, values: Iterable[float] | None = None) -> None:
 
     Args:
         axis: Of a panel in which everything is drawn already.
-        values: Where the ticks are, thinned to a fifth of the axis apart; None: at round numbers.
+        values: Where the ticks are, thinned to a quarter of the axis apart; None: at round numbers.
     """
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_minor_locator(NullLocator())
@@ -101,7 +101,7 @@ def plain_number(value: float) -> str:
     """0.05, 20, 5000, 20k, 3M, 1e-07."""
     if value >= 1e4:
         power = min(int(math.log10(value) + 1e-9) // 3, 4)
-        return f"{value / 1000**power:g}{'kMGT'[power - 1]}"
+        return f"{value / 1000**power:.3g}{'kMGT'[power - 1]}"
     return f"{value:g}"
 
 
@@ -111,7 +111,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
     span = math.log(values[-1] / values[0])
     kept = [values[0]]
     for value in values[1:]:
-        if math.log(value / kept[-1]) >= span / 5:
+        if math.log(value / kept[-1]) >= span / 4:
             kept.append(value)
     if kept[-1] != values[-1]:  # the last one counts more than its neighbour
         kept[-1:] = [values[-1]] if len(kept) > 1 else [kept[-1], values[-1]]
