@@ -33,6 +33,7 @@ from tests.operator_grids import (
     unsymmetric_grid,
 )
 from tests.operator_products import kronecker
+from tests.operator_sparse import RING, STAR, TREE, sparse
 
 
 def zero(draw: Draw) -> Twin:
@@ -186,6 +187,11 @@ TABLE: tuple[Row, ...] = (
     Row("half-width 2, indefinite", banded((6,), 0, (), 2, 2, "indefinite")),
     Row("a wider band below, unsymmetric", banded((5, 2), 0, (1,), 2, 1, "unsymmetric")),
     Row("differences along a chain", banded((5, 2), 0, (1,), 1, 1, "singular"), singular=True),
+    Row("a ring", sparse(6, RING)),
+    Row("a star, indefinite", sparse(5, STAR, "indefinite")),
+    Row("a tree, unsymmetric", sparse(7, TREE, "unsymmetric")),
+    Row("a graph for each sample", sparse(7, TREE, own=True)),
+    Row("the Laplacian of a ring", sparse(6, RING, "singular"), singular=True),
     Row("low rank", low_rank(6, 2, "positive")),
     Row("low rank, weights of both signs", low_rank(6, 3, "mixed")),
     Row("low rank, some weights zero", low_rank(6, 4, "some zero")),

@@ -14,13 +14,17 @@ from typing import Any
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calls import Emitted, Output
 from implicitdiff.graph.contraction import contract
+from implicitdiff.graph.emit_indexed import emit_hot, emit_sum
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
+from implicitdiff.graph.onehot import has_hot
 from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
     Operand,
     axis_list,
     bracket,
+    flipped,
+    forward,
     inverse_power,
     literal,
     product_text,
@@ -192,7 +196,7 @@ class Emitter:
             elif spec[0] == "index":
                 text.append(str(spec[1]))
             else:
-                start, step, count = _forward(spec)
+                start, step, count = forward(spec)
                 text.append(f"{start}:{start + step * (count - 1) + 1}" + (f":{step}" if step != 1 else ""))
             row = row_of[label]
             if row is not None and spec[0] == "slice" and spec[2] < 0:
@@ -200,7 +204,7 @@ class Emitter:
             if row is not None:
                 layout.append(row)
         flips = [layout.index(row) - len(layout) for row in reversed_rows]
-        return self.store(node, f"{inner.text}[..., {', '.join(text)}]{_flipped(flips)}", layout)
+        return self.store(node, f"{inner.text}[..., {', '.join(text)}]{flipped(flips)}", layout)
 
     def _emit_prod(self, node: Node) -> Variable:
         coefficient, powers = node.data
@@ -267,8 +271,9 @@ class Emitter:
 
     def _emit_con(self, node: Node) -> Variable:
         (body,) = node.args
-        squares = self._squares(node)
-        if squares is not None:
+        if has_hot(self.build, body):
+            return emit_sum(self, node)
+        if (squares := self._squares(node)) is not None:
             return squares
         if (
             body.node.op == "prod"
@@ -276,7 +281,7 @@ class Emitter:
             and body.node.id not in self.variables
         ):
             _, factors = self.build.split(body)
-            operands = [self._factor_operand(ref, power) for ref, power in factors]
+            operands = [self.factor_operand(ref, power) for ref, power in factors]
         else:
             operands = [self.operand(body)]
         text, layout = contract(
@@ -309,7 +314,8 @@ class Emitter:
             return None
         return self.store(node, f"saddle.square_sum({operand.text}, {dim})", layout)
 
-    def _factor_operand(self, ref: Ref, power: float) -> Operand:
+    def factor_operand(self, ref: Ref, power: float) -> Operand:
+        """A use of a node to a power."""
         operand = self.operand(ref)
         if power == 1.0:
             return operand
@@ -318,6 +324,9 @@ class Emitter:
             raised(operand.text, power) if power > 0.0 else f"{raised(operand.text, -power)}.reciprocal()"
         )
         return Operand(text, operand.labels, operand.prefix, operand.certain)
+
+    def _emit_hot(self, node: Node) -> Variable:
+        return emit_hot(self, node)
 
     def _emit_amax(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])
@@ -351,10 +360,10 @@ class Emitter:
         ]
         text = self.expanded(inner, order, inner.node.prefix)
         back = [k for k, spec in enumerate(node.data) if spec[0] == "slice" and spec[2] < 0]
-        text = f"{bracket(text)}{_flipped([k - len(order) for k in back])}" if back else text
+        text = f"{bracket(text)}{flipped([k - len(order) for k in back])}" if back else text
         ends: list[int] = []
         for axis, (spec, size) in enumerate(zip(node.data, node.sizes, strict=True)):
-            start, step, count = (0, 1, size) if spec[0] == "all" else _forward((*spec, 1, 1))
+            start, step, count = (0, 1, size) if spec[0] == "all" else forward((*spec, 1, 1))
             last = start + step * (count - 1)
             if step == 1:
                 ends = [start, size - 1 - last, *ends]
@@ -384,13 +393,3 @@ class Emitter:
         ]
         taken = name is None or any(name == target for target, _ in self.lines)
         return self.store(node, template.format(*parts), node.axes, None if taken else name)
-
-
-def _forward(spec: Sequence[Any]) -> tuple[int, int, int]:
-    """start, step > 0 and count of the same entries, in ascending order."""
-    start, step, count = spec[1:4]
-    return (start, step, count) if step > 0 else (start + step * (count - 1), -step, count)
-
-
-def _flipped(dims: Sequence[int]) -> str:
-    return f".flip({', '.join(map(str, dims))})" if dims else ""

@@ -16,6 +16,7 @@ from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, UNBATCHED, Label, Ref, Unsupported
 from implicitdiff.graph.maps import shift
+from implicitdiff.kkt import patterns
 from implicitdiff.structure.forms import Band, Entry, Form, LowRankTerm, Space
 
 
@@ -145,9 +146,9 @@ def like(build: Builder) -> Ref:
 def dense_matrix(build: Builder, form: Form) -> Ref:
     """The whole matrix (B, m, m), over two labels."""
     space = form.space
-    if form.kind == "banded":
+    if form.kind in ("banded", "sparse"):
         out = (build.labels.new(space.size), build.labels.new(space.size))
-        return call(build, "{0}.to_dense()", [(_banded(build, form), (), -1)], out, BATCHED)
+        return call(build, "{0}.to_dense()", [(operator(build, form), (), -1)], out, BATCHED)
     return joined(
         build,
         [
@@ -206,6 +207,8 @@ def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
         refs = [form.grid[k][k].diagonal for k in range(len(space.names))]
         args = [(ref, space.rows[k], BATCHED) for k, ref in enumerate(refs) if ref is not None]
         return call(build, f"operators.Diagonal({flat_text(space.sizes)})", args, (), BATCHED)
+    if kind == "sparse":
+        return patterns.operator(build, form)
     if kind == "block-diagonal":
         return _block_diagonal(build, form)
     if kind == "banded":
@@ -361,6 +364,8 @@ def meta_operator(
         return operators.BlockDiagonal(
             empty(size // inside, inside, inside), tuple(sizes), tuple(sorted(form.shared))
         )
+    if kind == "sparse":
+        return patterns.meta_operator(build, form, dtype, batch)
     if kind == "banded" and form.chain is not None:
         sizes, chain = form.space.sizes[0], form.chain
         inside = math.prod(sizes[k] for k in _inside(form))

@@ -15,6 +15,7 @@ from implicitdiff.operators.low_rank import LowRankPlusDiagonal
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.samples import select_samples
 from implicitdiff.operators.scaled_identity import ScaledIdentity
+from implicitdiff.operators.sparse import Pattern, Sparse
 from implicitdiff.operators.zero import Zero
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "LinearOperator",
     "LowRankPlusDiagonal",
     "MatrixFree",
+    "Pattern",
     "ScaledIdentity",
+    "Sparse",
     "Zero",
     "select_samples",
 ]

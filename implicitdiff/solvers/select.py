@@ -18,6 +18,7 @@ from implicitdiff.operators import (
     LowRankPlusDiagonal,
     MatrixFree,
     ScaledIdentity,
+    Sparse,
     Zero,
 )
 from implicitdiff.solvers.banded_cholesky import BandedCholesky
@@ -31,6 +32,7 @@ from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.schur import Schur
 from implicitdiff.solvers.schur_cg import SchurConjugateGradients
+from implicitdiff.solvers.sparse_lu import SparseLU
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
@@ -42,6 +44,7 @@ SOLVERS: dict[str, LinearSolver] = {
         Tridiagonal(),
         BandedCholesky(),
         KroneckerSolver(),
+        SparseLU(),
         Woodbury(),
         Cholesky(),
         LU(),
@@ -56,7 +59,6 @@ SOLVERS: dict[str, LinearSolver] = {
 PLANNED: tuple[str, ...] = (
     "minres",
     "gmres",
-    "sparse-lu",
 )
 """Names of the contract that are not built yet."""
 
@@ -103,6 +105,11 @@ def _for_products_of_factors(operator: Kronecker) -> tuple[str, ...]:
 @candidates.register
 def _for_bands(operator: Banded) -> tuple[str, ...]:
     return ("tridiagonal", "banded-cholesky", "cholesky", "lu")
+
+
+@candidates.register
+def _for_patterns(operator: Sparse) -> tuple[str, ...]:
+    return ("sparse-lu", "cholesky", "lu")
 
 
 @candidates.register

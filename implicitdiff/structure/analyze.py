@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Ref
-from implicitdiff.structure import banded, kronecker
+from implicitdiff.structure import banded, kronecker, sparse
 from implicitdiff.structure.forms import Contribution, Entry, Form, LowRankTerm, Space
 
 
@@ -148,12 +148,16 @@ def classify(
         terms: the matrix as a sum.
         written: the same without places, for terms whose places make no band: slices as selection matrices.
     """
+    count, given = len(space.names), terms
     if written is not None and any(t.has_places for t in terms):
         form = banded.form_of(build, space, terms)
         if form is not None:
+            return sparse.with_pattern(build, form)
+    if written is not None and any(sparse.indexed(build, t) for t in terms):
+        form = sparse.form_of(build, space, terms)
+        if form is not None:
             return form
         terms = written()
-    count = len(space.names)
     grid = tuple(
         tuple(entry_of(build, space, (a, b), [t for t in terms if t.block == (a, b)]) for b in range(count))
         for a in range(count)
@@ -175,7 +179,8 @@ def classify(
         reason = (
             "several variables, coupled" if coupled else "several variables, not coupled: one matrix each"
         )
-        return Form(space, grid, "block", reason)
+        pattern = None if written is None else sparse.collected(build, given)
+        return Form(space, grid, "block", reason, pattern=pattern or ())
     return _single(build, space, grid)
 
 

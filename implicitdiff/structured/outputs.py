@@ -17,7 +17,7 @@ from implicitdiff.graph.calls import Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
-from implicitdiff.structure import banded
+from implicitdiff.structure import banded, sparse
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
@@ -185,7 +185,10 @@ class Recipes:
             tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid)
         )
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
-        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
+        pattern = form.pattern
+        if pattern:
+            pattern += tuple(sparse.lifted(form.space, k, shift) for k in range(len(form.grid)))
+        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind), pattern=pattern)
 
     def _status(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""

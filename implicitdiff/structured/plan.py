@@ -213,7 +213,11 @@ class StructuredPlan:
         found = function.emitted.results
         if len(found) > 1 and found[-2] == "cancelled" and out[-2]:
             return "refined"
-        whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
+        whole = (
+            way == "full"
+            or self.recipes.kkt.route.name in ("full", "sparse")
+            or not self.declared.constraints
+        )
         if whole or not bool(status.any()) or not bool((status == Status.SINGULAR).any()):
             return None
         return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
