@@ -33,7 +33,7 @@ from tests.operator_grids import (
     unsymmetric_grid,
 )
 from tests.operator_products import kronecker
-from tests.operator_sparse import RING, STAR, TREE, sparse
+from tests.operator_sparse import RING, STAR, TREE, sparse, updated
 
 
 def zero(draw: Draw) -> Twin:
@@ -192,6 +192,11 @@ TABLE: tuple[Row, ...] = (
     Row("a tree, unsymmetric", sparse(7, TREE, "unsymmetric")),
     Row("a graph for each sample", sparse(7, TREE, own=True)),
     Row("the Laplacian of a ring", sparse(6, RING, "singular"), singular=True),
+    Row("neighbours and rank 2", updated(banded((7,), 0, (), 1, 1), 2)),
+    Row("a tree and rank 3, mixed", updated(sparse(7, TREE), 3)),
+    Row(
+        "unsymmetric blocks and rank 1", updated(block_diagonal((3, 2), (1,), symmetric=False), 1, right=True)
+    ),
     Row("low rank", low_rank(6, 2, "positive")),
     Row("low rank, weights of both signs", low_rank(6, 3, "mixed")),
     Row("low rank, some weights zero", low_rank(6, 4, "some zero")),

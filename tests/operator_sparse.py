@@ -3,10 +3,13 @@
 In: draws. Out: ``sparse``, the builder of ``Sparse`` operators and their twins. Next: operator_cases.py.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from implicitdiff.operators import Pattern, Sparse
+from implicitdiff.operators import LowRankUpdate, Sparse
+from implicitdiff.operators.sparse import Pattern
 from tests.operator_draws import Draw, Twin, array
 
 
@@ -54,6 +57,21 @@ def sparse(size: int, edges: list[tuple[int, int]], kind: str = "definite", *, o
         data = torch.stack(rows_of_values) if rows_of_values else torch.zeros(0, widest, dtype=torch.float64)
         operator = Sparse(data.to(draw.dtype), tuple(patterns), symmetric=kind != "unsymmetric")
         return operator, twins
+
+    return build
+
+
+def updated(base: Callable[[Draw], Twin], rank: int, *, right: bool = False):
+    """Any row of the table plus a part of low rank."""
+
+    def build(draw: Draw) -> Twin:
+        operator, twin = base(draw)
+        left, weights = 0.3 * draw.normal(operator.size, rank), draw.positive(rank)
+        other = 0.3 * draw.normal(operator.size, rank) if right else None
+        update = (array(left) * array(weights)[:, None]) @ np.swapaxes(
+            array(left if other is None else other), 1, 2
+        )
+        return LowRankUpdate(operator, left, weights, other), twin + update
 
     return build
 

@@ -15,6 +15,7 @@ from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, Label, Ref
+from implicitdiff.operators.sparse import Pattern
 from implicitdiff.solvers.base import Cost
 from implicitdiff.solvers.sparse_lu import factor_cost
 from implicitdiff.structure import sparse
@@ -36,7 +37,7 @@ def meta_operator(build: Builder, form: Form, dtype: torch.dtype, batch: int = 1
     """The same without data: entries that may fall together are counted apart."""
     count = count_entries(build, form.pattern)
     none = torch.empty(count, dtype=torch.int64, device="meta")
-    pattern = operators.Pattern(form.space.size, none, none)
+    pattern = Pattern(form.space.size, none, none)
     return operators.Sparse(torch.empty(batch, count, dtype=dtype, device="meta"), (pattern,))
 
 

@@ -17,7 +17,7 @@ from implicitdiff.derivatives.jacobian import JacobianTerm
 from implicitdiff.errors import OptionError
 from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.ir import Label, Ref, Unsupported
-from implicitdiff.kkt import lowering, patterns
+from implicitdiff.kkt import patterns, shapes
 from implicitdiff.kkt.grid import meta_grid
 from implicitdiff.structure import dependence, sparse
 from implicitdiff.structure.analyze import classify
@@ -47,6 +47,11 @@ class Route:
     rejected: tuple[tuple[str, str], ...]
     jacobian: tuple[SparseTerm, ...] = ()
     """For "sparse": A entry by entry."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether K itself is factored: nothing is left to try where it is singular."""
+        return self.name in ("full", "sparse")
 
 
 def pairs_through(declared: Declared, inverse: dict[int, Ref] | None) -> list[Contribution]:
@@ -213,7 +218,7 @@ class RouteFinder:
         operator = (
             meta_grid(form, self.dtype)
             if form.kind == "block"
-            else lowering.meta_operator(self.build, form, form.kind, self.dtype)
+            else shapes.meta_operator(self.build, form, form.kind, self.dtype)
         )
         choice = self._or_sparse(form, operator, linear_solver, constrained)
         if choice.solver.name == "sparse-lu":

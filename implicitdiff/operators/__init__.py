@@ -12,10 +12,11 @@ from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
 from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.low_rank import LowRankPlusDiagonal
+from implicitdiff.operators.low_rank_update import LowRankUpdate
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.samples import select_samples
 from implicitdiff.operators.scaled_identity import ScaledIdentity
-from implicitdiff.operators.sparse import Pattern, Sparse
+from implicitdiff.operators.sparse import Sparse
 from implicitdiff.operators.zero import Zero
 
 __all__ = [
@@ -27,8 +28,8 @@ __all__ = [
     "Kronecker",
     "LinearOperator",
     "LowRankPlusDiagonal",
+    "LowRankUpdate",
     "MatrixFree",
-    "Pattern",
     "ScaledIdentity",
     "Sparse",
     "Zero",

@@ -11,6 +11,7 @@ from torch import Tensor
 from implicitdiff.operators.base import LinearOperator
 from implicitdiff.operators.block import Block
 from implicitdiff.operators.kronecker import Kronecker
+from implicitdiff.operators.low_rank_update import LowRankUpdate
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.sparse import Sparse
 from implicitdiff.operators.zero import Zero
@@ -54,6 +55,20 @@ def _select_sparse(operator: Sparse, samples: Tensor) -> Sparse:
     patterns = tuple(operator.patterns[b] for b in samples.tolist())
     widest = max((len(p) for p in patterns), default=0)
     return dataclasses.replace(operator, values=values[:, :widest], patterns=patterns)
+
+
+@select_samples.register
+def _select_update(operator: LowRankUpdate, samples: Tensor) -> LowRankUpdate:
+    def pick(factor: Tensor) -> Tensor:
+        return factor if factor.shape[0] == 1 else factor[samples]
+
+    return dataclasses.replace(
+        operator,
+        base=select_samples(operator.base, samples),
+        left=pick(operator.left),
+        weights=pick(operator.weights),
+        right=None if operator.right is None else pick(operator.right),
+    )
 
 
 @select_samples.register

@@ -16,6 +16,7 @@ from implicitdiff.operators import (
     Kronecker,
     LinearOperator,
     LowRankPlusDiagonal,
+    LowRankUpdate,
     MatrixFree,
     ScaledIdentity,
     Sparse,
@@ -110,6 +111,11 @@ def _for_bands(operator: Banded) -> tuple[str, ...]:
 @candidates.register
 def _for_patterns(operator: Sparse) -> tuple[str, ...]:
     return ("sparse-lu", "cholesky", "lu")
+
+
+@candidates.register
+def _for_sums(operator: LowRankUpdate) -> tuple[str, ...]:
+    return ("woodbury", "cholesky", "lu")
 
 
 @candidates.register

@@ -270,8 +270,8 @@ def factor_cost(batch: int, size: int, entries: int, item: int) -> Cost:
     flops = 10 * size**1.5 * width**2 * 4
     return Cost(
         round(batch * (flops + 4 * fill)),
-        round(batch * (6 * fill * 8 + 12 * entries * item)),
-        round(batch * 2 * fill * 8),
+        round(batch * (12 * fill + 12 * entries)) * item,
+        round(batch * 4 * fill) * item,
         round(batch * (100 + 0.9 * size * width)),
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Ref
-from implicitdiff.structure import banded, kronecker, sparse
+from implicitdiff.structure import banded, kronecker, sparse, sums
 from implicitdiff.structure.forms import Contribution, Entry, Form, LowRankTerm, Space
 
 
@@ -154,7 +154,7 @@ def classify(
         if form is not None:
             return sparse.with_pattern(build, form)
     if written is not None and any(sparse.indexed(build, t) for t in terms):
-        form = sparse.form_of(build, space, terms)
+        form = sparse.form_of(build, space, terms) or sums.form_of(build, space, terms, classify, entry_of)
         if form is not None:
             return form
         terms = written()
@@ -181,7 +181,9 @@ def classify(
         )
         pattern = None if written is None else sparse.collected(build, given)
         return Form(space, grid, "block", reason, pattern=pattern or ())
-    return _single(build, space, grid)
+    form = _single(build, space, grid)
+    mixed = written is not None and form.kind == "dense" and grid[0][0].partial and not grid[0][0].dense
+    return (mixed and sums.form_of(build, space, given, classify, entry_of)) or form
 
 
 def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -> Form:
@@ -211,7 +213,9 @@ def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -
     if entry.dense:
         return Form(space, grid, "dense", "a factor depends on rows and columns at once")
     if entry.partial:
-        return Form(space, grid, "dense", "terms tie different axes")
+        reason = "terms tie different axes"
+        pattern = () if entry.low_rank else sparse.of_bands(build, space, entry.tied(len(space.rows[0])))
+        return Form(space, grid, "sparse" if pattern else "dense", reason, pattern=pattern)
     rank = " + ".join(
         "1" if not t.rank else "*".join(str(build.labels.sizes[k]) for k in t.rank) for t in entry.low_rank
     )

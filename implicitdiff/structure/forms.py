@@ -176,6 +176,13 @@ class Form:
     """For kronecker; the axes of no factor carry an identity."""
     pattern: tuple[SparseTerm, ...] = ()
     """The same matrix entry by entry, where every term is sparse; for kind sparse there is no other form."""
+    base: Form | None = None
+    """For kind sum: the form of what the low-rank terms of the entry are added to."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """For kind sum: the kinds of the summands."""
+        return () if self.base is None else (self.base.kind, "low-rank")
 
     @property
     def entry(self) -> Entry:

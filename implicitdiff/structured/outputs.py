@@ -178,6 +178,9 @@ class Recipes:
         build = self.build
         shift = build.self_ref(build.leaf("shift", (), BATCHED, differentiable=False).node)
 
+        if form.base is not None:
+            return replace(form, base=self.shifted(form.base))
+
         def lifted(e: Entry) -> Entry:
             return replace(e, diagonal=shift if e.diagonal is None else build.plus(e.diagonal, shift))
 

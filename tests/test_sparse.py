@@ -1,0 +1,374 @@
+"""Sparse Hessians and constraints at sizes where they are solved as such, and sums of kinds.
+
+tests/cases/graphs.py has the small ones. The oracles are the dense formula on the declared functions and, for some, a
+closed form.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import hessian, jacfwd, jacrev, vmap
+
+import implicitdiff as idf
+from implicitdiff.operators import Banded, Dense, LowRankUpdate, Sparse
+from implicitdiff.operators.sparse import Pattern
+from implicitdiff.solvers import SparseLU, Woodbury
+from implicitdiff.solvers.sparse_lu import ReorderedBand, SparseLUFactorization
+from implicitdiff.status import Status
+from tests.oracles import compare_modulo, dense_vjp, solved
+
+Objective = Callable[..., Tensor]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def graph(nodes: int, edges: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A path through all nodes and random edges beside it, some of them twice."""
+    generator = torch.Generator().manual_seed(seed)
+    extra = torch.randint(nodes, (2, edges), generator=generator)
+    path = torch.stack([torch.arange(nodes - 1), torch.arange(1, nodes)])
+    tail, head = torch.cat([path, extra], dim=1)
+    return tail, head
+
+
+class Declared(idf.Problem):
+    """A problem over u of the shape of its first input, on a fixed graph."""
+
+    def __init__(self, objective: Objective, equality: Any = None, nodes: int = 6, edges: int = 4) -> None:
+        super().__init__()
+        self._objective = objective
+        tail, head = graph(nodes, edges)
+        self.register_buffer("tail", tail)
+        self.register_buffer("head", head)
+        if equality is not None:
+            self.equality = lambda u, *x: equality(self, u, *x)
+
+    def objective(self, u: Tensor, *inputs: Tensor) -> Tensor:
+        return self._objective(self, u, *inputs)
+
+    def init(self, *inputs: Tensor) -> Tensor:
+        return torch.zeros_like(inputs[0])
+
+
+def near(u: Tensor, x: Tensor) -> Tensor:
+    return (u - x).square().sum()
+
+
+def smooth(p: Declared, u: Tensor, x: Tensor) -> Tensor:
+    return near(u, x) + torch.cosh(0.5 * (u[p.tail] - u[p.head])).sum()
+
+
+def check(
+    problem: idf.Problem, *inputs: Tensor, tolerance: float = 1e-9, in_dims: Any = 0, **options: Any
+) -> Tensor:
+    """The gradients of a layer against the dense formula; returns u."""
+    inputs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
+    problem = solved(problem)
+    u = idf.DeclarativeLayer(problem, in_dims=in_dims, **options)(*inputs)
+    v = normal(*u.shape, seed=9)
+    floating = [x for x in inputs if x.requires_grad]
+    actual = list(torch.autograd.grad(u, floating, v))
+    expected = dense_vjp(problem, u, v, inputs, in_dims).leaves()
+    expected = [e for e, x in zip(expected, inputs, strict=False) if x.requires_grad]
+    assert compare_modulo(actual, expected) < tolerance
+    return u
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_large_graph_is_solved_as_one(batch: int) -> None:
+    found = idf.explain(Declared(smooth, nodes=2000, edges=900), normal(batch, 2000))
+    assert (found.hessian.kind, found.solver) == ("sparse", "sparse-lu"), found
+    assert "tail" in found.hessian.reason
+    assert not found.fallbacks
+    # a dense factorisation takes less time at a size that the oracle can do
+    check(Declared(smooth, nodes=120, edges=50), normal(batch, 120), linear_solver="sparse-lu")
+
+
+def test_a_graph_for_each_sample() -> None:
+    def objective(p: Declared, u: Tensor, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return near(u, x) + ((u[i] - u[j]) ** 4).sum() + torch.exp(0.2 * u[i] * u[j]).sum()
+
+    graphs = [graph(40, 21, seed) for seed in range(3)]
+    tails, heads = (torch.stack(ends) for ends in zip(*graphs, strict=True))
+    x = 0.5 * normal(3, 40)
+    check(Declared(objective), x, tails, heads, linear_solver="sparse-lu")
+    alone = [check(Declared(objective), x[b : b + 1], tails[b : b + 1], heads[b : b + 1]) for b in range(3)]
+    together = check(Declared(objective), x, tails, heads)
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+GATHERS: dict[str, tuple[Objective, tuple[int, ...], str]] = {
+    "a gather of a slice": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[1:][p.tail % 5] - u[:-1][p.head % 5]).sum(),
+        (6,),
+        "sparse",
+    ),
+    "a slice of a gather": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[p.tail][1:] - u[p.head][:-1]).sum(),
+        (6,),
+        "sparse",
+    ),
+    "arithmetic with indices": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[(p.tail + 2) % 6] - u[p.head]).sum(),
+        (6,),
+        "sparse",
+    ),
+    "a flat view": (
+        lambda p, u, x: near(u, x) + torch.cosh(u.reshape(-1)[p.tail] + u.reshape(-1)[p.head + 3]).sum(),
+        (3, 4),
+        "sparse",
+    ),
+    "entries by two tensors": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[p.tail % 3, p.head % 4]).sum(),
+        (3, 4),
+        "diagonal",
+    ),
+    "gathered rows": (
+        lambda p, u, x: near(u, x) + torch.cosh((u[p.tail % 3] * u[p.head % 3]).sum(1)).sum(),
+        (3, 4),
+        "sparse",
+    ),
+    "gathered columns": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[:, p.tail % 4] - u[:, p.head % 4]).sum(),
+        (3, 4),
+        "block-diagonal",
+    ),
+    "index_select": (
+        lambda p, u, x: near(u, x) + torch.cosh(u.index_select(0, p.tail) - u.index_select(0, p.head)).sum(),
+        (6,),
+        "sparse",
+    ),
+    "torch.gather": (
+        lambda p, u, x: near(u, x) + torch.cosh(u.gather(0, p.tail) * 0.3 - u[p.head]).sum(),
+        (6,),
+        "sparse",
+    ),
+    "a scatter of squares": (
+        lambda p, u, x: near(u, x) + torch.zeros_like(u).index_add(0, p.tail, u[p.head] ** 2).cosh().sum(),
+        (6,),
+        "low-rank-plus-diagonal",
+    ),
+    "a sum of a gather": (
+        lambda p, u, x: near(u, x) + u[p.tail].sum().cosh(),
+        (6,),
+        "low-rank-plus-diagonal",
+    ),
+    "one entry alone": (lambda p, u, x: near(u, x) + (u[p.tail] ** 4).sum(), (6,), "diagonal"),
+    "a cycle by roll of slices": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[1:] - u[:-1]).sum() + torch.cosh(u[0] - u[-1]),
+        (6,),
+        "sparse",
+    ),
+    "its own transpose": (lambda p, u, x: near(u, x) + torch.cosh(u - u.mT).sum(), (4, 4), "sparse"),
+    "rows and columns": (
+        lambda p, u, x: near(u, x) + torch.cosh(u.sum(0)).sum() + torch.cosh(u.sum(1)).sum(),
+        (3, 4),
+        "sparse",
+    ),
+    "neighbours and a sum": (
+        lambda p, u, x: near(u, x) + torch.cosh(u[1:] - u[:-1]).sum() + u.sum() ** 2,
+        (6,),
+        "sum",
+    ),
+    "a graph and a product": (
+        lambda p, u, x: smooth(p, u, x) + torch.cosh((x[None, :] + p.tail[:2, None]) @ u).sum(),
+        (6,),
+        "sum",
+    ),
+    "blocks and a sum": (
+        lambda p, u, x: near(u, x) + torch.cosh(u.sum(1)).sum() + 0.1 * u.sum() ** 2,
+        (3, 4),
+        "sum",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(GATHERS))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_spellings(name: str, batch: int) -> None:
+    objective, shape, kind = GATHERS[name]
+    problem, x = Declared(objective), 0.4 * normal(batch, *shape)
+    found = idf.explain(problem, x)
+    assert (found.hessian.kind, found.fallbacks) == (kind, ()), found
+    check(problem, x)
+    if kind == "sparse":
+        check(problem, x, linear_solver="sparse-lu")
+    if kind == "sum":
+        assert found.hessian.parts[1] == "low-rank"
+        check(problem, x, linear_solver="woodbury")
+
+
+def held(p: Declared, u: Tensor, x: Tensor) -> Tensor:
+    return u[0] - x[0] ** 2
+
+
+def test_a_singular_laplacian_that_is_held() -> None:
+    """H has the null vector of ones; K is regular: the solution is the potential of the loads -x/2, shifted."""
+
+    def objective(p: Declared, u: Tensor, x: Tensor) -> Tensor:
+        return (u[p.tail] - u[p.head]).square().sum() + (x - x.mean()) @ u
+
+    problem, x = Declared(objective, held, nodes=80, edges=30), normal(2, 80)
+    u = check(problem, x, linear_solver="sparse-lu")
+    tail, head = problem.tail, problem.head
+    laplacian = torch.zeros(80, 80, dtype=torch.float64)
+    for i, j in zip(tail.tolist(), head.tolist(), strict=True):
+        laplacian[[i, j], [i, j]] += 1.0 if i != j else 0.0
+        laplacian[i, j] -= float(i != j)
+        laplacian[j, i] -= float(i != j)
+    for b in range(2):
+        potential = torch.linalg.pinv(laplacian) @ (-(x[b] - x[b].mean()) / 2)
+        torch.testing.assert_close(
+            u[b].detach(), potential - potential[0] + x[b, 0] ** 2, rtol=1e-8, atol=1e-8
+        )
+
+
+def into(p: Declared, f: Tensor, nodes: int) -> Tensor:
+    zero = f.new_zeros(nodes)
+    return zero.index_add(0, p.head, f) - zero.index_add(0, p.tail, f)
+
+
+@pytest.mark.parametrize("all_nodes", [True, False])
+def test_flows_through_a_large_network(all_nodes: bool) -> None:
+    """Conservation at every node: the equations add up to zero, which is proved; else one node is left out."""
+
+    def objective(p: Declared, f: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        return (c * f.square()).sum() + torch.nn.functional.softplus(f).sum()
+
+    def conserved(p: Declared, f: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        found = into(p, f, 50) - (b - b.mean())
+        return found if all_nodes else found[1:]
+
+    problem = Declared(objective, conserved, nodes=50, edges=20)
+    c, b = normal(2, 69).square() + 0.5, normal(2, 50, seed=3)
+    found = idf.explain(problem, c, b)
+    assert found.hessian.kind == "diagonal", found
+    assert bool(found.dependent) == all_nodes
+    for solver in ("auto", "sparse-lu"):
+        check(problem, c, b, linear_solver=solver)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sum"])
+def test_every_mode(kind: str) -> None:
+    """Forward mode, second order, nested vmap: against the dense plan."""
+
+    def objective(p: Declared, u: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        value = near(u, x) + a * torch.cosh(u[p.tail] - u[p.head]).sum()
+        return value if kind == "sparse" else value + torch.cosh(x @ u)
+
+    problem = Declared(objective)
+    x, a = 0.5 * normal(6), torch.tensor(0.7, dtype=torch.float64)
+    asked = {"linear_solver": "sparse-lu" if kind == "sparse" else "woodbury"}
+    layers = [
+        idf.DeclarativeLayer(solved(problem), in_dims=None, **options)
+        for options in (asked, {"backward": "dense"})
+    ]
+    for transform in (jacrev, jacfwd, hessian):
+        found, expected = (transform(layer, argnums=(0, 1))(x, a) for layer in layers)
+        for f, e in zip(
+            torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True
+        ):
+            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-8)
+    several = torch.stack([x, x + 0.1])
+    found, expected = (vmap(jacrev(layer), in_dims=(0, None))(several, a) for layer in layers)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def ring(size: int, shift: float, batch: int = 1) -> Sparse:
+    """The Laplacian of a ring plus a multiple of the identity."""
+    i = torch.arange(size)
+    rows, columns = torch.cat([i, i, (i + 1) % size]), torch.cat([i, (i + 1) % size, i])
+    pattern, slots = Pattern.of(size, rows, columns)
+    values = torch.cat([torch.full((size,), 2.0 + shift), -torch.ones(2 * size)]).double()
+    return Sparse(torch.zeros(batch, len(pattern), dtype=torch.float64).index_add_(1, slots, values.expand(batch, -1)),
+                  (pattern,))  # fmt: skip
+
+
+def test_statuses_of_samples() -> None:
+    """A singular sample and one with NaN among regular ones; beyond the dense size a singular sample has no answer."""
+    for size in (30, 1500):
+        operator = ring(size, 0.3, batch=3)
+        operator.values[1] = ring(size, 0.0).values[0]
+        operator.values[2, 4] = torch.nan
+        factor = SparseLUFactorization(operator)
+        assert factor.status.tolist() == [Status.OK, Status.SINGULAR, Status.NONFINITE]
+        assert factor.definite is not None
+        assert factor.definite.tolist() == [True, False, False]
+        rhs = normal(3, size)
+        rhs -= rhs.mean(1, keepdim=True)
+        found = factor.solve(rhs)
+        alone = SparseLUFactorization(ring(size, 0.3)).solve(rhs[:1])
+        assert torch.equal(found[:1], alone)
+        assert bool(found[2].isnan().all())
+        if size == 30:
+            torch.testing.assert_close(found[1], torch.linalg.pinv(ring(size, 0.0).to_dense()[0]) @ rhs[1])
+        else:
+            assert bool(found[1].isnan().all())
+        silent = factor.solve(torch.zeros(3, size, dtype=torch.float64))
+        assert bool((silent == 0).all())
+
+
+def test_rows_are_exchanged_where_the_diagonal_is_no_pivot() -> None:
+    """Indefinite with tiny diagonal entries: pivots on the diagonal would lose all digits."""
+    matrix = 1e-14 * torch.eye(4, dtype=torch.float64)
+    for (k, l), entry in {(0, 1): 1.0, (1, 2): 0.5, (2, 3): 2.0}.items():
+        matrix[k, l] = matrix[l, k] = entry
+    i, j = matrix.nonzero().unbind(1)
+    pattern, slots = Pattern.of(4, i, j)
+    values = torch.zeros(1, len(pattern), dtype=torch.float64).index_add_(1, slots, matrix[i, j][None])
+    factor = SparseLUFactorization(Sparse(values, (pattern,)))
+    b = normal(1, 4)
+    torch.testing.assert_close(matrix @ factor.solve(b)[0], b[0])
+
+
+def test_a_narrow_band_is_taken_after_reordering() -> None:
+    """A chain whose nodes are numbered at random; a random graph has no narrow band."""
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    i = torch.arange(399)
+    rows = torch.cat([order, order[i], order[i + 1]])
+    columns = torch.cat([order, order[i + 1], order[i]])
+    pattern, slots = Pattern.of(400, rows, columns)
+    entries = torch.cat([torch.full((400,), 2.5), -torch.ones(798)]).double()
+    values = torch.zeros(2, len(pattern), dtype=torch.float64).index_add_(1, slots, entries.expand(2, -1))
+    operator = Sparse(values, (pattern,))
+    factor = SparseLU().factor(operator)
+    assert isinstance(factor, ReorderedBand)
+    b = normal(3, 2, 400)
+    torch.testing.assert_close(operator.matvec(factor.solve(b)), b)
+
+
+def test_an_index_outside_is_an_error() -> None:
+    problem = Declared(smooth)
+    problem.head[0] = 7
+    with pytest.raises(IndexError):
+        idf.DeclarativeLayer(problem, linear_solver="sparse-lu")(normal(2, 6))
+
+
+def test_shapes_alone_tell_the_kind() -> None:
+    problem = Declared(smooth, nodes=2000, edges=900).to("meta")
+    x = torch.empty(2, 2000, dtype=torch.float64, device="meta")
+    found = idf.explain(problem, x)
+    assert (found.hessian.kind, found.solver) == ("sparse", "sparse-lu")
+
+
+def test_a_base_that_is_singular_where_the_sum_is_not() -> None:
+    """Differences and a sum: the lemma cannot be used, the status is that of the whole."""
+    bands = torch.tensor([-1.0, 2.0, -1.0], dtype=torch.float64)[:, None].repeat(1, 7)
+    bands[1, 0] = bands[1, -1] = 1.0
+    base = Banded(bands[None, None, :, :, None, None], (7,), 0, (), 1, 1)
+    left = torch.ones(1, 7, 1, dtype=torch.float64)
+    operator = LowRankUpdate(base, left, torch.tensor([[0.5], [0.0]], dtype=torch.float64))
+    factor = Woodbury().factor(operator)
+    assert factor.status.tolist() == [Status.OK, Status.SINGULAR]
+    b = normal(2, 7)
+    torch.testing.assert_close(factor.solve(b)[0], torch.linalg.inv(operator.to_dense()[0]) @ b[0])
+
+
+def test_sums_check_their_batches() -> None:
+    with pytest.raises(idf.errors.StructureError, match="batch"):
+        LowRankUpdate(Dense(torch.eye(3)[None].repeat(2, 1, 1)), torch.ones(3, 3, 1), torch.ones(1, 1))
