@@ -184,7 +184,7 @@ def choose(
     best, cost = min(possible, key=lambda entry: entry[1].seconds)
     for name, other in possible:
         if name != best:
-            ratio = other.seconds / cost.seconds
+            ratio = other.seconds / max(cost.seconds, 1e-9)  # a batch of 0 costs nothing
             rejected.append((name, f"predicted to take {ratio:.1f} times as long as {best}"))
     order = candidates(operator)
     rejected.sort(key=lambda entry: order.index(entry[0]))

@@ -3,6 +3,8 @@
 In: base + U diag(c) V' with k < m. Out: ``UpdateFactorization``, which ``Woodbury`` hands out. Next: ``kernel.py``.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,26 @@ class UpdateFactorization(Factorization):
         solver = Cholesky() if operator.symmetric else LU()
         self._dense = solver.factor(Dense(dense, symmetric=operator.symmetric))
         self.status[self._others] = self._dense.status
+
+    @cached_property
+    def definite(self) -> Tensor | None:  # type: ignore[override]
+        """Whether the sum is proved positive definite, (B,): by inertia (`WoodburyFactorization.definite`), or densely.
+
+        A base that is not definite proves nothing: False.
+        """
+        operator, base = self._operator, self._base.definite
+        if not operator.symmetric or base is None:
+            return None
+        root = operator.weights.abs().sqrt()
+        signs = torch.where(operator.weights < 0, -1.0, 1.0).to(root.dtype)
+        gram = operator.left.mT @ self._solved
+        inner = root[:, :, None] * gram * root[:, None, :] + torch.diag_embed(signs)
+        sound = (self.status == int(Status.OK)) & base
+        inner = torch.where(sound[:, None, None], inner, 0.0)
+        found = sound & ((torch.linalg.eigvalsh(inner) > 0).sum(-1) == (signs > 0).sum(-1))
+        if self._others is not None and self._dense.definite is not None:
+            found[self._others] = self._dense.definite
+        return found
 
     def _error(self, probe: Tensor) -> Tensor:
         """|A x - p| over |A| |x|, the latter from below by |A x|, |p| and the terms of A x."""
