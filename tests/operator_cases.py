@@ -33,7 +33,7 @@ from tests.operator_grids import (
     unsymmetric_grid,
 )
 from tests.operator_products import kronecker
-from tests.operator_sparse import RING, STAR, TREE, sparse, updated
+from tests.operator_sparse import RING, STAR, TREE, grouped, sparse, updated
 
 
 def zero(draw: Draw) -> Twin:
@@ -192,6 +192,9 @@ TABLE: tuple[Row, ...] = (
     Row("a tree, unsymmetric", sparse(7, TREE, "unsymmetric")),
     Row("a graph for each sample", sparse(7, TREE, own=True)),
     Row("the Laplacian of a ring", sparse(6, RING, "singular"), singular=True),
+    Row("rows of rank 2 plus diagonal", grouped((3, 5), (0,), 2)),
+    Row("two group axes, reversed, rank 1", grouped((2, 4, 3), (2, 0), 1, scalar=True)),
+    Row("columns of different factors", grouped((4, 2), (1,), 2, right=True)),
     Row("neighbours and rank 2", updated(banded((7,), 0, (), 1, 1), 2)),
     Row("a tree and rank 3, mixed", updated(sparse(7, TREE), 3)),
     Row(

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from implicitdiff.operators import LowRankUpdate, Sparse
+from implicitdiff.operators import GroupedLowRank, LowRankUpdate, Sparse
 from implicitdiff.operators.sparse import Pattern
-from tests.operator_draws import Draw, Twin, array
+from tests.operator_draws import Draw, Twin, array, batched
 
 
 def sparse(size: int, edges: list[tuple[int, int]], kind: str = "definite", *, own: bool = False):
@@ -72,6 +72,40 @@ def updated(base: Callable[[Draw], Twin], rank: int, *, right: bool = False):
             array(left if other is None else other), 1, 2
         )
         return LowRankUpdate(operator, left, weights, other), twin + update
+
+    return build
+
+
+def grouped(
+    shape: tuple[int, ...], axes: tuple[int, ...], rank: int, *, right: bool = False, scalar: bool = False
+):
+    """Blocks of low rank plus diagonal, numbered by ``axes`` of ``shape``."""
+
+    def build(draw: Draw) -> Twin:
+        inside = [axis for axis in range(len(shape)) if axis not in axes]
+        number = int(np.prod([shape[a] for a in axes], dtype=int))
+        size = int(np.prod([shape[a] for a in inside], dtype=int))
+        diagonal = draw.positive(number, 1 if scalar else size)
+        left, weights = draw.normal(number, size, rank), draw.signed(number, rank)
+        other = draw.normal(number, size, rank) if right else None
+        operator = GroupedLowRank(diagonal, left, weights, other, shape, axes)
+        twin = np.zeros((operator.batch, number * size, number * size))
+        v = left if other is None else other
+        arrays = batched(array(diagonal), array(left), array(weights), array(v))
+        for row in np.ndindex(*shape):
+            for column in np.ndindex(*shape):
+                if any(row[a] != column[a] for a in axes):
+                    continue
+                g = np.ravel_multi_index([row[a] for a in axes], [shape[a] for a in axes])
+                i, j = (
+                    np.ravel_multi_index([x[a] for a in inside], [shape[a] for a in inside])
+                    for x in (row, column)
+                )
+                place = np.ravel_multi_index(row, shape), np.ravel_multi_index(column, shape)
+                d, u, c, w = arrays
+                twin[:, place[0], place[1]] = (u[:, g, i] * c[:, g] * w[:, g, j]).sum(-1)
+                twin[:, place[0], place[1]] += d[:, g, 0 if scalar else i] * (i == j)
+        return operator, twin
 
     return build
 

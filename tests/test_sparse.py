@@ -203,6 +203,40 @@ def test_spellings(name: str, batch: int) -> None:
         check(problem, x, linear_solver="woodbury")
 
 
+GROUPS: dict[str, tuple[Objective, tuple[int, ...]]] = {
+    "rows": (lambda p, u, x: near(u, x) + torch.cosh(u.sum(1)).sum(), (4, 6)),
+    "columns of rank 2": (
+        lambda p, u, x: near(u, x) + torch.cosh(0.5 * (x * u).sum(0)).sum() + torch.exp(0.2 * u.sum(0)).sum(),
+        (6, 3),
+    ),
+    "rows against two products": (
+        lambda p, u, x: 3 * near(u, x) + 0.1 * (u.sum(1) * (u * x).sum(1)).sum() + torch.exp(0.3 * u).sum(),
+        (3, 5),
+    ),
+    "two axes number the groups": (
+        lambda p, u, x: near(u, x) + torch.logsumexp(u * x, dim=1).sum(),
+        (2, 5, 3),
+    ),
+    "one axis between": (lambda p, u, x: near(u, x) + 0.1 * torch.cosh((u * x).sum((0, 2))).sum(), (2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_groups_of_low_rank(name: str, batch: int) -> None:
+    """Blocks whose terms split into two sides: Woodbury within each, asked for at sizes that are small for it."""
+    objective, shape = GROUPS[name]
+    problem, x = Declared(objective), 0.4 * normal(batch, *shape)
+    assert idf.explain(problem, x).hessian.kind == "block-diagonal"
+    for solver in ("auto", "woodbury", "block-cholesky"):
+        check(problem, x, linear_solver=solver)
+
+
+def test_many_large_groups_are_solved_one_by_one() -> None:
+    found = idf.explain(Declared(GROUPS["rows"][0]), normal(1, 50, 400))
+    assert (found.hessian.kind, found.solver) == ("block-diagonal", "woodbury"), found
+
+
 def held(p: Declared, u: Tensor, x: Tensor) -> Tensor:
     return u[0] - x[0] ** 2
 

@@ -210,6 +210,8 @@ def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
         return patterns.operator(build, form)
     if kind == "block-diagonal":
         return _block_diagonal(build, form)
+    if kind == "grouped":
+        return _grouped(build, form)
     if kind == "banded":
         return _banded(build, form)
     if kind == "kronecker":
@@ -241,6 +243,39 @@ def _block_diagonal(build: Builder, form: Form) -> Ref:
         (),
         BATCHED,
     )
+
+
+def _grouped(build: Builder, form: Form) -> Ref:
+    """Blocks of low rank plus diagonal: the axes that number the blocks come first on every factor."""
+    rows, columns = form.space.rows[0], form.space.columns[0]
+    shared = sorted(form.shared)
+    blocks, own = ([rows[k] for k in shared], [k for k in range(len(rows)) if k not in form.shared])
+    diagonal = form.entry.diagonal
+    assert diagonal is not None
+    joined = "" if len(shared) == 1 else f".flatten(1, {len(shared)})"
+    inner = "" if len(own) == 1 else f".flatten(2, {1 + len(own)})"
+    args: Arguments = [(diagonal, [*blocks, *(rows[k] for k in own)], BATCHED)]
+    parts = [f"{{0}}{joined}{inner}"]
+    symmetric = all(is_symmetric(t, rows, columns) for t in form.grouped)
+    sides: list[list[str]] = [[], [], []]
+    for term in form.grouped:
+        chosen = [(term.left, rows, sides[0]), (term.weights, (), sides[1])]
+        chosen += [] if symmetric else [(term.right, columns, sides[2])]
+        for ref, labels, texts in chosen:
+            text = f"{{{len(args)}}}{joined}{inner if labels else ''}"
+            end = (
+                "[..., None]"
+                if not term.rank
+                else f".flatten(-{len(term.rank)})"
+                if len(term.rank) > 1
+                else ""
+            )
+            texts.append(f"{text}{end}")
+            args.append((ref, [*blocks, *(labels[k] for k in own if labels), *term.rank], BATCHED))
+    texts = [side[0] if len(side) == 1 else f"saddle.beside({', '.join(side)})" for side in sides if side]
+    parts += [*texts, *(["None"] if symmetric else [])]
+    where = f"{tuple(form.space.sizes[0])}, {tuple(shared)}"
+    return call(build, f"operators.GroupedLowRank({', '.join(parts)}, {where})", args, (), BATCHED)
 
 
 def _kronecker(build: Builder, form: Form) -> Ref:

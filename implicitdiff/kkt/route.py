@@ -220,6 +220,11 @@ class RouteFinder:
             if form.kind == "block"
             else shapes.meta_operator(self.build, form, form.kind, self.dtype)
         )
+        if form.grouped and linear_solver in ("auto", "woodbury", "block-cholesky"):
+            groups = shapes.meta_operator(self.build, form, "grouped", self.dtype)
+            choice = solvers.choose(groups, linear_solver)
+            if choice.solver.name == "woodbury":
+                return "grouped", choice
         choice = self._or_sparse(form, operator, linear_solver, constrained)
         if choice.solver.name == "sparse-lu":
             return "sparse", choice

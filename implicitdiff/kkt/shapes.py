@@ -6,6 +6,7 @@ In: a form and a kind. Out: an operator of meta tensors. Next file: `route.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -14,13 +15,17 @@ from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Unsupported
 from implicitdiff.kkt.lowering import inner_axes, is_symmetric
 from implicitdiff.kkt.patterns import meta_operator as entry_by_entry
-from implicitdiff.structure.forms import Form
+from implicitdiff.structure.forms import Form, LowRankTerm
 
 
 def rank_of(build: Builder, form: Form) -> int:
     """Number of columns of the joined low-rank factors."""
+    return _columns(build, form.entry.low_rank)
+
+
+def _columns(build: Builder, terms: Sequence[LowRankTerm]) -> int:
     total = 0
-    for term in form.entry.low_rank:
+    for term in terms:
         size = 1
         for k in term.rank:
             size *= build.labels.sizes[k]
@@ -49,6 +54,14 @@ def meta_operator(
         return operators.BlockDiagonal(
             empty(size // inside, inside, inside), tuple(sizes), tuple(sorted(form.shared))
         )
+    if kind == "grouped":
+        sizes, rank = form.space.sizes[0], _columns(build, form.grouped)
+        number = math.prod(sizes[axis] for axis in form.shared)
+        own = form.space.rows[0], form.space.columns[0]
+        alike = all(is_symmetric(term, *own) for term in form.grouped)
+        side, diagonal = empty(number, size // number, rank), empty(number, size // number)
+        where = tuple(sizes), tuple(sorted(form.shared))
+        return operators.GroupedLowRank(diagonal, side, empty(number, rank), None if alike else side, *where)
     if kind == "sparse":
         return entry_by_entry(build, form, dtype, batch)
     if kind == "banded" and form.chain is not None:

@@ -10,6 +10,7 @@ from implicitdiff.operators.block import Block
 from implicitdiff.operators.block_diagonal import BlockDiagonal
 from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
+from implicitdiff.operators.grouped_low_rank import GroupedLowRank
 from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.low_rank import LowRankPlusDiagonal
 from implicitdiff.operators.low_rank_update import LowRankUpdate
@@ -25,6 +26,7 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "GroupedLowRank",
     "Kronecker",
     "LinearOperator",
     "LowRankPlusDiagonal",

@@ -13,6 +13,7 @@ from implicitdiff.operators import (
     Block,
     BlockDiagonal,
     Diagonal,
+    GroupedLowRank,
     Kronecker,
     LinearOperator,
     LowRankPlusDiagonal,
@@ -111,6 +112,11 @@ def _for_bands(operator: Banded) -> tuple[str, ...]:
 @candidates.register
 def _for_patterns(operator: Sparse) -> tuple[str, ...]:
     return ("sparse-lu", "cholesky", "lu")
+
+
+@candidates.register
+def _for_grouped(operator: GroupedLowRank) -> tuple[str, ...]:
+    return ("woodbury", "block-cholesky")
 
 
 @candidates.register

@@ -8,7 +8,7 @@ factors that split into a row side and a column side are a low-rank term. Next f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Ref
@@ -134,6 +134,30 @@ def _merged(build: Builder, terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, 
     return tuple(t for t in out if not build.is_zero(t.weights))
 
 
+def grouped_terms(build: Builder, form: Form, terms: Sequence[Contribution]) -> tuple[LowRankTerm, ...]:
+    """The blocks of a block-diagonal form as terms of low rank, where all of them split; none otherwise."""
+    rows, columns = form.space.rows[0], form.space.columns[0]
+    inside = [k for k in range(len(rows)) if k not in form.shared]
+    if form.entry.diagonal is None:
+        return ()
+    found = []
+    for term in terms:
+        tied = {k for k, label in enumerate(term.columns) if label in term.rows}
+        if len(tied) == len(rows):
+            continue
+        if tied != form.shared:
+            return ()
+        names: dict[Label, Label] = dict(zip(term.rows, rows, strict=True))
+        names |= {term.columns[k]: columns[k] for k in inside}
+        product = build.times(*(f.rename(names) for f in term.factors))
+        sides = {rows[k] for k in inside}, {columns[k] for k in inside}
+        split = _separate(build, product, *sides, term.summed)
+        if split is None:
+            return ()
+        found.append(split)
+    return _merged(build, found)
+
+
 def classify(
     build: Builder,
     space: Space,
@@ -182,6 +206,8 @@ def classify(
         pattern = None if written is None else sparse.collected(build, given)
         return Form(space, grid, "block", reason, pattern=pattern or ())
     form = _single(build, space, grid)
+    if form.kind == "block-diagonal" and written is not None:
+        return replace(form, grouped=grouped_terms(build, form, terms))
     mixed = written is not None and form.kind == "dense" and grid[0][0].partial and not grid[0][0].dense
     return (mixed and sums.form_of(build, space, given, classify, entry_of)) or form
 

@@ -176,6 +176,8 @@ class Form:
     """For kronecker; the axes of no factor carry an identity."""
     pattern: tuple[SparseTerm, ...] = ()
     """The same matrix entry by entry, where every term is sparse; for kind sparse there is no other form."""
+    grouped: tuple[LowRankTerm, ...] = ()
+    """For block-diagonal: the blocks as low rank beside the entry's diagonal; the shared axes are on all sides."""
     base: Form | None = None
     """For kind sum: the form of what the low-rank terms of the entry are added to."""
 
