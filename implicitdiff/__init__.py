@@ -9,7 +9,7 @@ import importlib
 import typing
 
 from implicitdiff import operators, optimizers
-from implicitdiff.diagnostics import check, compare, explain
+from implicitdiff.diagnostics import check, compare, explain, walkthrough
 from implicitdiff.errors import (
     CapturedTensorError,
     ControlFlowError,
@@ -86,6 +86,7 @@ __all__ = [
     "optimizers",
     "record",
     "solve",
+    "walkthrough",
 ]
 
 

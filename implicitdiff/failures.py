@@ -5,6 +5,7 @@ names the samples, and each kind of failure is recorded (records.py). Next: opti
 this after each solve.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -110,6 +111,14 @@ def _describe(found: Check, mask: Tensor, kind: Status, source: str, hint: str) 
     return [(kind, line)]
 
 
+def filled(leaves: tuple[Tensor, ...], bad: Tensor, on_failure: str) -> tuple[Tensor, ...]:
+    """The policy's value in the failed samples (B,) of u or lam."""
+    if on_failure not in ("nan", "zero"):
+        return leaves
+    fill = torch.nan if on_failure == "nan" else 0.0
+    return tuple(torch.where(bad.reshape(-1, *(1,) * (leaf.dim() - 1)), fill, leaf) for leaf in leaves)
+
+
 def name_samples(samples: Sequence[int], batch: int) -> str:
     """'sample 3 of 32' or 'samples 3, 7 of 32'; a long list is cut after eight."""
     named = ", ".join(str(sample) for sample in samples[:_SAMPLES_NAMED])
@@ -125,7 +134,8 @@ def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
     worst = int(torch.where(mask, residuals.relative, -1).argmax())
     by_constraint = bool(residuals.violation[worst] >= residuals.relative[worst])
     if kind == Status.INFEASIBLE or (by_constraint and bool(residuals.constraint[worst] > 0)):
-        where = f"constraint leaf {int(residuals.leaf[worst])}"
+        leaf = int(residuals.leaf[worst])
+        where = found.names[leaf] if found.names else f"constraint leaf {leaf}"
         size, scale, name = residuals.constraint[worst], residuals.constraint_scale[worst], f"|h| of {where}"
     else:
         size, scale, name = residuals.gradient[worst], residuals.gradient_scale[worst], "|D_Y L|"
@@ -140,7 +150,13 @@ def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
         verdict += f" (worst: sample {worst})"
     verdict += f" after {source}"
     if kind == Status.INFEASIBLE:
-        verdict += ", and no step reduces it: the constraints contradict each other there"
+        alone = bool(found.clash) and not re.search(", |all", found.clash)
+        clash = (
+            f"{found.clash} cannot be met"
+            if alone
+            else f"{found.clash or 'the constraints'} contradict each other"
+        )
+        verdict += f", and no step reduces it: {clash} there"
     return verdict
 
 

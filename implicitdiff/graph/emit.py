@@ -15,9 +15,12 @@ from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calls import Emitted, Output
 from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.emit_indexed import emit_hot, emit_sum
+from implicitdiff.graph.emit_squares import squares_of
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
+from implicitdiff.graph.listing import listing
 from implicitdiff.graph.onehot import has_hot
+from implicitdiff.graph.purpose import Step, behind, purposes
 from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
     Operand,
@@ -30,7 +33,6 @@ from implicitdiff.graph.text import (
     product_text,
     raised,
     tuple_body,
-    wrapped,
 )
 from implicitdiff.graph.tidy import tidied
 
@@ -57,6 +59,8 @@ class Emitter:
         self.uses: dict[int, int] = {}
         self.shapes: dict[str, Shape] = {}
         self.certain: dict[int, bool] = {}
+        self.made: dict[str, int] = {}
+        self.pending: list[str] = []
         self.count = 0
 
     # ---------------------------------------------------------------- driver
@@ -71,11 +75,15 @@ class Emitter:
         document: str = "",
         first: Sequence[Ref] = (),
         given: Mapping[str, Node] | None = None,
+        steps: Mapping[int, Step] | None = None,
+        shown: Mapping[str, str] | None = None,
     ) -> Emitted:
         """Emits `def name(*arguments)`, which returns the outputs as a tuple; the refs `first` are written first.
 
-        The nodes `given` are Python objects that come as arguments of these names instead of being computed.
+        The nodes `given` are Python objects that come as arguments of these names instead of being computed; `steps`
+        says what nodes are in the derivation; `shown` gives arguments that stand for another name that other name.
         """
+        steps = steps or {}
         given = given or {}
         self.variables.update({node.id: Variable(argument, ()) for argument, node in given.items()})
         nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)], self.variables)
@@ -90,12 +98,13 @@ class Emitter:
         for output in outputs:
             text = self.expanded(output.ref, output.order, output.prefix)
             results.append((output.name, text))
-        statements, returned = tidied(self.lines, [text for _, text in results], self.shapes, arguments)
-        tail = "return " + ", ".join(returned) + ("," if len(returned) == 1 else "")
-        body = [piece for line in (*statements, tail) for piece in wrapped(line)]
-        head = f"def {name}({', '.join(arguments)}):"
-        inside = ([f'"""{document}"""'] if document else []) + list(preamble) + body
-        source = "\n".join([head, *("    " + line for line in inside)]) + "\n"
+        serves = purposes(nodes, steps)
+        serving = {target: serves[node] for target, node in self.made.items() if node in serves}
+        texts = [text for _, text in results]
+        lines, returned = tidied(self.lines, texts, self.shapes, arguments, serving, namespace)
+        known = [steps.get(behind(o.ref.node).id) for o in outputs]
+        opening = [f'"""{document}"""', *preamble] if document else preamble
+        source = listing(name, arguments, opening, lines, returned, known, shown or {})
         scope = dict(namespace)
         exec(compile(source, f"<implicitdiff {name}>", "exec"), scope)
         return Emitted(source, scope[name], tuple(n for n, _ in results))
@@ -106,6 +115,8 @@ class Emitter:
             self.count += 1
             name = f"t{self.count}"
         self.lines.append((name, text))
+        self.made.update(dict.fromkeys([*self.pending, name], node.id))
+        self.pending.clear()
         variable = Variable(name, tuple(layout))
         self.variables[node.id] = variable
         if set(layout) == set(node.axes):
@@ -135,6 +146,7 @@ class Emitter:
         """A statement for an intermediate result that is no node."""
         self.count += 1
         self.lines.append((f"t{self.count}", text))
+        self.pending.append(f"t{self.count}")
         return f"t{self.count}"
 
     # ---------------------------------------------------------------- operands
@@ -169,7 +181,8 @@ class Emitter:
         if self.build.as_number(ref) is not None:
             leading = f"*{self.like}.shape[:{prefix}], " if prefix else ""
             return f"{self.like}.new_full(({leading}{tuple_body(sizes)}), {text})"
-        if set(order) - set(operand.labels):
+        missing = set(order) - set(operand.labels)
+        if missing and (operand.prefix == 0 or any(self.build.labels.sizes[k] != 1 for k in missing)):
             lead = ["-1"] * operand.prefix
             text = f"{bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
         if operand.prefix < prefix:
@@ -273,7 +286,7 @@ class Emitter:
         (body,) = node.args
         if has_hot(self.build, body):
             return emit_sum(self, node)
-        if (squares := self._squares(node)) is not None:
+        if (squares := squares_of(self, node)) is not None:
             return squares
         if (
             body.node.op == "prod"
@@ -288,31 +301,6 @@ class Emitter:
             operands, node.axes, node.bound, bool(node.data), self.build.labels.sizes, self.temporary
         )
         return self.store(node, text, layout)
-
-    def _squares(self, node: Node) -> Variable | None:
-        """A sum of squares along one axis, or of squared differences: nothing of the size of the squares is made."""
-        (body,) = node.args
-        coefficient, factors = self.build.split(body)
-        if node.data or len(node.bound) != 1 or body.node.op != "prod" or coefficient != 1.0:
-            return None
-        if len(factors) != 1 or factors[0][1] != 2.0 or body.node.id in self.variables:
-            return None
-        ref = factors[0][0]
-        args, _ = self.build.open(ref)
-        only = self.uses.get(ref.node.id, 0) == 1 and ref.node.id not in self.variables
-        if only and ref.node.op == "add" and ref.node.data == (0.0, (1.0, -1.0)):
-            order = list(ref.labels)
-            texts = ", ".join(self.text(a, order) for a in args)
-            if any(set(a.labels) == set(order) for a in args) and ref.node.prefix == 1:
-                dim = order.index(node.bound[0]) - len(order)
-                layout = [k for k in order if k not in node.bound]
-                return self.store(node, f"saddle.squared_distance({texts}, {dim})", layout)
-        operand = self.operand(ref)
-        dim = operand.labels.index(node.bound[0]) - len(operand.labels)
-        layout = [k for k in operand.labels if k not in node.bound]
-        if not layout:
-            return None
-        return self.store(node, f"saddle.square_sum({operand.text}, {dim})", layout)
 
     def factor_operand(self, ref: Ref, power: float) -> Operand:
         """A use of a node to a power."""

@@ -150,5 +150,5 @@ def forward(spec: Sequence[Any]) -> tuple[int, int, int]:
 
 
 def flipped(dims: Sequence[int]) -> str:
-    """`.flip(dims)`, or nothing."""
+    """The call that turns these axes round; "" for none."""
     return f".flip({', '.join(map(str, dims))})" if dims else ""

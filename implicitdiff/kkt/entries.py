@@ -135,7 +135,7 @@ def _described(term: Term, sample: int) -> object:
         if not isinstance(a, Pointed):
             return a
         index = a.index[sample if a.index.shape[0] > 1 else 0] if a.batched else a.index
-        numbers = index.contiguous().cpu().numpy()
+        numbers = index.contiguous().numpy(force=True)
         digest = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
         return (a.size, a.dims, a.how, tuple(index.shape), str(index.dtype), digest)
 
@@ -189,7 +189,7 @@ class SparseKKT:
     ) -> None:
         """Factors K; its first `variables` rows belong to u, `null_vectors` (p,) to the constraints."""
         self.size, self.variables = operator.size, variables
-        null = [torch.as_tensor(z).to(operator.values) for z in null_vectors]
+        null = [torch.as_tensor(z, device=operator.device).to(operator.dtype) for z in null_vectors]
         whole = _bordered(operator, variables, null) if null else operator
         self._border = len(null)
         self._factor = solvers.SparseLU().factor(whole)

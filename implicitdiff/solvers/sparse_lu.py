@@ -197,9 +197,9 @@ def _compressed(pattern: Pattern) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers and column ends of SciPy's storage, once for a pattern."""
     known = pattern.derived.get("compressed")
     if known is None:
-        counts = np.bincount(pattern.columns.cpu().numpy(), minlength=pattern.size)
+        counts = np.bincount(pattern.columns.numpy(force=True), minlength=pattern.size)
         ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        known = pattern.derived["compressed"] = pattern.rows.cpu().numpy().astype(np.int32), ends
+        known = pattern.derived["compressed"] = pattern.rows.numpy(force=True).astype(np.int32), ends
     return known
 
 

@@ -7,7 +7,6 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,10 +30,11 @@ from implicitdiff.structure.report import Analysis
 from implicitdiff.structured import merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
+from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
 from implicitdiff.structured.probe import Probe
 from implicitdiff.structured.report import report
-from implicitdiff.structured.run import Run
+from implicitdiff.structured.run import Run, lost
 from implicitdiff.structured.writer import Writer, Written
 
 assert rules.__all__  # importing the package is what registers the translation rules
@@ -51,7 +51,13 @@ class StructuredPlan:
     """
 
     def __init__(
-        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+        self,
+        trace: Trace,
+        linear_solver: str,
+        dense: AutodiffPlan,
+        shown: Sequence[bool] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
         """Derives everything.
 
@@ -60,6 +66,7 @@ class StructuredPlan:
             linear_solver: the layer's option.
             dense: the plan to fall back on.
             shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
+            compiled: whether the emitted functions go through torch.compile.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -68,16 +75,16 @@ class StructuredPlan:
         dtype = next(p.dtype for p in trace.placeholders if p.dtype.is_floating_point)
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
-        self.declared = Declared(program, [tuple(shape) for shape in outputs])
+        self.declared = Declared(program, [tuple(shape) for shape in outputs], trace.corner)
         declared = self.declared
         form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
         self.recipes = Recipes(self.declared, form, linear_solver, dtype)
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
-        self.writer = Writer(self.arguments, program.constants, null)
+        self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         self.probe = Probe(self.recipes, self.writer, dense)
-        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        floating = [leaf.placeholder.moves for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
@@ -85,9 +92,11 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(
-            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
+        source, anchored = (
+            module(code.emitted.source, self.writer.namespace),
+            self.recipes.first == "anchored",
         )
+        self.analysis: Analysis = report(declared, form, route, source, anchored=anchored)
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
@@ -246,8 +255,8 @@ class StructuredPlan:
         whole = way == "full" or self.recipes.kkt.route.whole or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
-        singular = status == Status.SINGULAR
-        if not bool(singular.any()):
+        singular = merge.unsolved(status, self.declared)
+        if singular is None:
             return None
         return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 
@@ -281,7 +290,7 @@ class StructuredPlan:
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
-            if run.function.fragile and self._lost(run.function, out, u):
+            if run.function.fragile and lost(run.function, out, u):
                 out = run.call((_off_zero(u), *given[1:]))
             verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
@@ -300,7 +309,7 @@ class StructuredPlan:
             nonlocal moved
             function, places = self._placed(way, needs, with_lam, given=True)
             out = function({**values, **factor.given(way)})
-            moved = moved or bool(function.fragile and self._lost(function, out, u))
+            moved = moved or bool(function.fragile and lost(function, out, u))
             verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(Run(function, (), places).gradients(out, theta), verdict, function, out)
 
@@ -343,18 +352,6 @@ class StructuredPlan:
             "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
-
-    def _lost(self, function: Written, out: Sequence[Any], u: Leaves) -> bool:
-        """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
-
-        The large gradients are not read again: they have the pattern of w, which is 0 there.
-        """
-        for name, value in zip(function.emitted.results, out, strict=True):
-            small = name in function.fragile and value.is_floating_point() and value.numel() < u[0].numel()
-            # a sum that overflows costs a second run, nothing else
-            if small and not math.isfinite(float(value.sum())):
-                return True
-        return False
 
     # ---------------------------------------------------------------- the probe
 
