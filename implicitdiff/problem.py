@@ -224,6 +224,12 @@ class Solution:
         status: int8, shape (batch,), see ``idf.Status``.
         iterations: Number of iterations, shape (batch,).
         residual: The scaled stationarity residual, shape (batch,).
+        bound_multipliers: (of lower bounds, of upper bounds), each like ``u``: non-positive at a minimum, 0 where the
+            bound is not active; None if there are no bounds. With L = f - lambda'h - mu'g they are -D_u L on lower
+            bounds and D_u L on upper ones. What ``solve`` returns here is not read.
+        margin: Strict complementarity, shape (batch,): the least over all inequalities and bounds of the larger of
+            slack and multiplier, each relative to its own terms; near 0 at a weakly active constraint, where only
+            one-sided derivatives exist. None if there are neither.
     """
 
     u: Any
@@ -233,6 +239,8 @@ class Solution:
     status: torch.Tensor | None = None
     iterations: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    bound_multipliers: Any = None
+    margin: torch.Tensor | None = None
 
 
 def require_problem(problem: object) -> Problem:

@@ -21,9 +21,11 @@ from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.errors import InputError, SolutionError
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind
+from implicitdiff.layer.inequalities import known_call, located
 from implicitdiff.layer.options import Options
 from implicitdiff.layer.prepare import Prepared, prepare
 from implicitdiff.operators import LinearOperator
+from implicitdiff.optimizers.limited_forward import active_at
 from implicitdiff.plan import plan_for
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.pytrees import flatten, flatten_like, unflatten
@@ -62,10 +64,24 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
         )
     with torch.no_grad(), undisturbed(prepared.theta[0]):
         theta = tuple(tensor.detach() for tensor in prepared.theta)
-        call = prepared.call()
-        solved = call.solve(call, theta, None)
-        matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, len(prepared.bound.leaves))
+        count = len(prepared.bound.leaves)
+        if prepared.plan.trace.limited:
+            matrices = _limited_jacobians(replace(prepared, theta=theta), count)
+        else:
+            call = prepared.call()
+            solved = call.solve(call, theta, None)
+            matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, count)
     return _arranged(prepared, matrices)
+
+
+def _limited_jacobians(prepared: Prepared, count: int) -> list[list[Tensor | None]]:
+    """The same with inequalities or bounds: on the active set of each sample."""
+    sides = []
+    for side in located(prepared):
+        call = known_call(side)
+        solved = call.solve(call, side.theta, side.known)
+        sides.append(_jacobians(call, solved.u, solved.multipliers or (), side.theta, count))
+    return sides[0]
 
 
 def _jacobians(call: Call, u: Leaves, lam: Leaves, theta: Leaves, count: int) -> list[list[Tensor | None]]:
@@ -234,7 +250,9 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         inputs: the inputs of one sample, without batch axis.
 
     Returns:
-        Derivatives. Integer inputs have no columns. Costs m + p gradients and (m + p) (m + n) numbers.
+        Derivatives. Inequalities that are active at u are rows of A and C after the equalities, the others are no rows;
+        a variable on its bound has the row of the identity in H, and B holds how it follows the bound. Integer inputs
+        have no columns. Costs m + p gradients and (m + p) (m + n) numbers.
 
     Raises:
         InputError: something is wrong with an input. SolutionError: u does not have the structure or shape of `init`.
@@ -247,8 +265,9 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
     with torch.no_grad(), undisturbed(dense.trace.theta(bound)[0]):
         theta = tuple(tensor.detach() for tensor in dense.trace.theta(bound))
         point = tuple(leaf.detach()[None] for leaf in flatten_like(u, example.spec, "u", SolutionError))
-        lam = dense.multipliers(point, theta)
-        lagrangian = Lagrangian(dense.trace, (False,) * len(theta))
+        masks, lam, kept = active_at(dense, point, theta)
+        lagrangian = Lagrangian(dense.trace, (*(False,) * len(theta), *(True,) * len(masks)))
+        theta = (*theta, *masks)
         active = [i for i in range(len(bound.leaves)) if theta[i].is_floating_point()]
         first = point[0]
         u_shapes, h_shapes = (
@@ -264,13 +283,13 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         columns = {name: flat.join([value], 1) for name, value in zip(names, pulled, strict=True)}
         joined = torch.cat(list(columns.values()), 1) if columns else first.new_zeros((m + p, 0))
         return Derivatives(
-            A=dense.constraint_jacobian(point, theta)[0],
+            A=dense.constraint_jacobian(point, theta)[0][kept],
             B=joined[:m],
-            C=-joined[m:],
+            C=-joined[m:][kept],
             H=dense.hessian(point, lam, theta).to_dense()[0],
-            multipliers=flat.join(lam, 1)[0] if lam else first.new_zeros(0),
+            multipliers=flat.join(lam, 1)[0][kept] if lam else first.new_zeros(0),
             B_by_input={name: value[:m] for name, value in columns.items()},
-            C_by_input={name: -value[m:] for name, value in columns.items()},
+            C_by_input={name: -value[m:][kept] for name, value in columns.items()},
             structured=Structured(best.hessian(point, lam, theta), best.analysis),
         )
 

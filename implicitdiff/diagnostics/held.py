@@ -95,10 +95,13 @@ def batch_first(solution: Solution, unbatched: bool) -> Solution:
     def leaf(value: Any) -> Any:
         return value.detach()[None] if unbatched else value.detach()
 
-    multipliers = solution.equality_multipliers
+    def tree(multipliers: Any) -> Any:
+        return None if multipliers is None else pytree.tree_map(leaf, multipliers)
+
     return Solution(
         pytree.tree_map(leaf, solution.u),
-        equality_multipliers=None if multipliers is None else pytree.tree_map(leaf, multipliers),
+        equality_multipliers=tree(solution.equality_multipliers),
+        inequality_multipliers=tree(solution.inequality_multipliers),
     )
 
 

@@ -17,12 +17,14 @@ from torch import Tensor
 from implicitdiff.autograd import Call, ImplicitFunction
 from implicitdiff.autograd.call import fold, own, undisturbed, unfold
 from implicitdiff.autograd.opaque import Flags, OpaqueStep
-from implicitdiff.derivatives.lagrangian import Lagrangian
+from implicitdiff.derivatives.lagrangian import Lagrangian, sum_of_products
 from implicitdiff.failures import filled
 from implicitdiff.inputs import check_finite
 from implicitdiff.layer.prepare import Forward, Leaves, Outputs, Prepared
 from implicitdiff.optimizers.limited_forward import Located, solve_limited
 from implicitdiff.plan import with_batched
+from implicitdiff.problem import Solution
+from implicitdiff.pytrees import unflatten
 
 EXTRAS = 4  # status, iterations, residual, margin
 
@@ -218,13 +220,50 @@ def search_call(prepared: Prepared) -> SearchCall:
     )
 
 
+def with_bound_multipliers(prepared: Prepared, outputs: Outputs, solution: Solution) -> Solution:
+    """The solution with the multipliers of the bounds, differentiable, and the margin.
+
+    With L = f - lam'h - mu'g as declared: -D_u L on lower bounds, D_u L on upper ones.
+    """
+    side, trace = outputs.call or prepared, prepared.plan.trace.origin
+    solution = replace(solution, margin=None if outputs.margin is None else side.back(outputs.margin))
+    if trace.bounds is None or side.known is None:
+        return solution
+    count = len(trace.placeholders) - len(trace.variables)
+    theta, masks = side.theta[:count], iter(side.theta[count:])
+    lagrangian = Lagrangian(trace, side.batched[:count])
+    equalities = 0 if trace.equality is None else len(trace.equality.output_shapes)
+
+    def total(*u: Tensor) -> Tensor:
+        value = lagrangian.total(u, outputs.multipliers[:equalities], theta)
+        if trace.inequality is not None:
+            rows = lagrangian.mapped(trace.inequality, u, theta)
+            value = value - sum_of_products(outputs.multipliers[equalities:], rows)
+        return value
+
+    left = torch.func.grad(total, argnums=tuple(range(len(outputs.u))))(*outputs.u)
+    lower, upper = [], []
+    for slope, there in zip(left, trace.bounded, strict=True):
+        low = high = torch.zeros_like(slope, dtype=torch.bool)
+        if any(there):
+            _, low, high = next(masks), next(masks), next(masks)
+        lower.append(side.back(torch.where(low, -slope, 0.0)))
+        upper.append(side.back(torch.where(high, slope, 0.0)))
+    spec = trace.variable_spec
+    return replace(solution, bound_multipliers=(unflatten(lower, spec), unflatten(upper, spec)))
+
+
+def known_call(side: Prepared) -> Call:
+    """The call of the second step, for a prepared call with its masks."""
+    return replace(side.call(), solve=Known(side.forward()))
+
+
 def apply_located(prepared: Prepared) -> Outputs:
     """Run a call through autograd's function on its active sets; the average over both sides of ties."""
     found = []
     for side in located(prepared):
         assert side.known is not None
-        call = replace(side.call(), solve=Known(side.forward()))
-        outputs = ImplicitFunction.apply(call, *side.theta, *side.known)
+        outputs = ImplicitFunction.apply(known_call(side), *side.theta, *side.known)
         count = len(prepared.plan.trace.variables)
         u, lam = tuple(outputs[:count]), tuple(outputs[count:-3])
         status, iterations, residual = outputs[-3:]
@@ -242,10 +281,3 @@ def apply_located(prepared: Prepared) -> Outputs:
 def _mean(first: Tensor, second: Tensor) -> Tensor:
     """The first value, with the mean of both derivatives: the values are the same."""
     return 0.5 * first + 0.5 * second
-
-
-def declared_lagrangian(prepared: Prepared) -> Lagrangian:
-    """f, h, g as declared, for the tensors of a call without masks."""
-    trace = prepared.plan.trace.origin
-    count = len(trace.placeholders) - len(trace.variables)
-    return Lagrangian(trace, prepared.batched[:count])

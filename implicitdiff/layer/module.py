@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.inputs import InDims
 from implicitdiff.layer.options import Options
 from implicitdiff.layer.prepare import prepare
@@ -48,6 +49,7 @@ class DeclarativeLayer(torch.nn.Module):
         optimality_tol: float | None = None,
         compile: bool = False,
         tie: str = "inactive",
+        kkt: KKTOptions | None = None,
     ) -> None:
         """Check the options and keep them.
 
@@ -72,6 +74,9 @@ class DeclarativeLayer(torch.nn.Module):
                 derivatives: "inactive" takes that of the constraint left out, "active" that of it kept as an equality,
                 "average" the mean of both.
 
+            kkt: what the backward pass does about the KKT system beside solving with it: derivatives of least norm for
+                minimisers that are not unique, a trust region, refinement, float64 inside; None: nothing.
+
         Raises:
             ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
             OptionError: an option has a value that does not exist; the message lists those that do.
@@ -91,6 +96,7 @@ class DeclarativeLayer(torch.nn.Module):
             optimality_tol=optimality_tol,
             compile=compile,
             tie=tie,
+            kkt=PLAIN if kkt is None else kkt,
         )
         self.options.check(self.problem)
 
@@ -143,6 +149,7 @@ def solve(
     optimality_tol: float | None = None,
     compile: bool = False,
     tie: str = "inactive",
+    kkt: KKTOptions | None = None,
 ) -> Solution:
     """Solve every sample: `DeclarativeLayer(problem, ...).solve(*inputs, init=init)` as a function.
 
@@ -158,6 +165,7 @@ def solve(
         optimality_tol: see `DeclarativeLayer`.
         compile: see `DeclarativeLayer`.
         tie: see `DeclarativeLayer`.
+        kkt: see `DeclarativeLayer`.
 
     Returns:
         Solution, differentiable in u, the multipliers and the value.
@@ -171,6 +179,7 @@ def solve(
         optimality_tol=optimality_tol,
         compile=compile,
         tie=tie,
+        kkt=PLAIN if kkt is None else kkt,
     )
     if torch.compiler.is_compiling():
         return solution_in_graph(problem, options, inputs, init, with_value=True)

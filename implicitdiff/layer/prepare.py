@@ -183,9 +183,7 @@ class Prepared:
 
     def forward(self) -> Forward:
         """The forward pass of the call."""
-        solve = self.call().solve
-        assert isinstance(solve, Forward)
-        return solve
+        return Forward(self.problem, replace(self.bound, leaves=()), self.options, self.forward_plan)
 
     def apply(self) -> Outputs:
         """Run the call through autograd's function."""
@@ -204,19 +202,20 @@ class Prepared:
         trace = self.plan.trace
         count = 0 if trace.equality_spec is None else trace.equality_spec.num_leaves
         return Solution(
-            u=unflatten([self._back(leaf) for leaf in outputs.u], trace.variable_spec),
+            u=unflatten([self.back(leaf) for leaf in outputs.u], trace.variable_spec),
             equality_multipliers=self._tree(outputs.multipliers[:count], trace.equality_spec),
             inequality_multipliers=self._tree(outputs.multipliers[count:], trace.inequality_spec),
-            value=None if value is None else self._back(value),
-            status=self._back(outputs.status),
-            iterations=self._back(outputs.iterations),
-            residual=self._back(outputs.residual),
+            value=None if value is None else self.back(value),
+            status=self.back(outputs.status),
+            iterations=self.back(outputs.iterations),
+            residual=self.back(outputs.residual),
         )
 
     def _tree(self, leaves: Leaves, spec: Spec | None) -> Any:
-        return None if spec is None else unflatten([self._back(leaf) for leaf in leaves], spec)
+        return None if spec is None else unflatten([self.back(leaf) for leaf in leaves], spec)
 
-    def _back(self, leaf: Tensor) -> Tensor:
+    def back(self, leaf: Tensor) -> Tensor:
+        """A result as the caller expects it: in its dtype, without batch axis if none came in."""
         if self.restore is not None and leaf.is_floating_point():
             leaf = leaf.to(self.restore)
         return leaf[0] if self.bound.unbatched else leaf
@@ -249,6 +248,7 @@ def make_call(
         name=type(problem).__name__,
         backward=options.backward,
         linear_solver=options.linear_solver,
+        kkt=options.kkt,
         records=open_records(),
         vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
     )

@@ -73,8 +73,8 @@ def _vector(vector: Tensor) -> str | None:
             pieces.append((value, 1))
         if len(pieces) > MOST:
             return None
-    kind = f'dtype={vector.dtype}, device="{vector.device}"'
-    texts = [f"torch.full(({count},), {value!r}, {kind})" for value, count in pieces]
+    kind, device = vector.dtype, vector.device
+    texts = [f'torch.full(({count},), {value!r}, dtype={kind}, device="{device}")' for value, count in pieces]
     return texts[0] if len(texts) == 1 else f"torch.cat([{', '.join(texts)}])"
 
 
