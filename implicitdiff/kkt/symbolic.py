@@ -14,7 +14,7 @@ import torch
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
-from implicitdiff.kkt import lowering
+from implicitdiff.kkt import lowering, patterns
 from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.kkt.grid import grid_operator
 from implicitdiff.kkt.route import RouteFinder
@@ -264,6 +264,11 @@ class SymbolicKKT:
     def _system(self) -> Ref:
         """K by numbers: H structured or dense, A written out."""
         build, space = self.build, self.route.hessian.space
+        if self.route.name == "sparse":
+            null = ", null_vectors" if self.route.dependent is not None else ""
+            matrix = patterns.kkt_operator(self.declared, self.route.hessian, self.route.jacobian)
+            text = f"entries.SparseKKT({{0}}, {space.size}{null})"
+            return call(build, text, [(matrix, (), -1)], (), BATCHED, "kkt")
         jacobian = jacobian_matrix(self.declared, space.columns)
         args: list[tuple[Ref, Sequence[Label], int]] = [(jacobian, jacobian.labels, BATCHED)]
         corner = ""

@@ -19,7 +19,7 @@ from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
 from implicitdiff.memory import over_limit
-from implicitdiff.structure import banded
+from implicitdiff.structure import banded, sparse
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
@@ -172,7 +172,7 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, s or w, STACKED)]
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, [*w, *s], STACKED)]
         return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
@@ -194,6 +194,9 @@ class Recipes:
         build = self.build
         shift = build.self_ref(build.leaf("shift", (), BATCHED, differentiable=False).node)
 
+        if form.base is not None:
+            return replace(form, base=self.shifted(form.base))
+
         def lifted(e: Entry) -> Entry:
             return replace(e, diagonal=shift if e.diagonal is None else build.plus(e.diagonal, shift))
 
@@ -201,7 +204,10 @@ class Recipes:
             tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid)
         )
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
-        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
+        pattern = form.pattern
+        if pattern:
+            pattern += tuple(sparse.lifted(form.space, k, shift) for k in range(len(form.grid)))
+        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind), pattern=pattern)
 
     def verdict(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""

@@ -253,7 +253,7 @@ class StructuredPlan:
                 return "refined", cancelled, status
         if is_all_ok(status):
             return None
-        whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
+        whole = way == "full" or self.recipes.kkt.route.whole or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
         if self.recipes.kkt.route.name == "range-space" and way != "full":
