@@ -261,9 +261,9 @@ class StructuredPlan:
                 status, tried.status, lambda: self._hessian(values()), self.recipes.linear
             )
         singular = merge.unsolved(status, self.declared)
-        if singular is None or self.recipes.whole_is_too_large:
-            return None, status, status
         anchored = way == "route" and self.recipes.anchor is not None
+        if singular is None or (self.recipes.whole_is_too_large and not anchored):
+            return None, status, status
         return ("anchored" if anchored else "full"), singular, status
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
