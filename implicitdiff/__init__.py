@@ -10,7 +10,7 @@ import typing
 
 from implicitdiff import operators, optimizers
 from implicitdiff.autograd import KKTOptions
-from implicitdiff.diagnostics import check, compare, explain
+from implicitdiff.diagnostics import check, compare, explain, walkthrough
 from implicitdiff.errors import (
     CapturedTensorError,
     ControlFlowError,
@@ -88,6 +88,7 @@ __all__ = [
     "optimizers",
     "record",
     "solve",
+    "walkthrough",
 ]
 
 

@@ -7,6 +7,7 @@ failures.py, which turns it into an error, a warning or a mask, as `on_failure` 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -231,9 +232,7 @@ def clashing(plan: Plan, names: Sequence[str], rows: Tensor) -> str:
         if len(marked) == size:
             found += [name if size == 1 else f"{name} (all {size})"]
         else:
-            places = [
-                tuple(int(k) for k in torch.unravel_index(torch.tensor(i), torch.Size(shape))) for i in marked
-            ]
+            places = [tuple(int(k) for k in np.unravel_index(i, shape)) for i in marked]
             found += [f"{name}[{', '.join(map(str, place))}]" for place in places]
     more = f" and {len(found) - _CLASHES_NAMED} more" if len(found) > _CLASHES_NAMED else ""
     return ", ".join(found[:_CLASHES_NAMED]) + more

@@ -41,6 +41,9 @@ class TraceDouble:
     equality: EqualityDouble | None
     variable_spec: Any
     equality_spec: Any
+    limited: bool = False
+    inequality: None = None
+    inequality_spec: None = None
 
 
 @dataclasses.dataclass(frozen=True)

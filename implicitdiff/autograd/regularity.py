@@ -6,6 +6,7 @@ them are regular all the same; events that name saddles. Next: `autograd/kkt.py`
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +129,7 @@ def entry_name(call: Call, place: int) -> str:
     for placeholder in call.plan.trace.variables:
         shape = torch.Size(placeholder.shape)
         if place < shape.numel():
-            index = [int(k) for k in torch.unravel_index(torch.tensor(place), shape)] if shape else []
+            index = [int(k) for k in np.unravel_index(place, shape)] if shape else []
             return f"{placeholder.name}{index}" if index else placeholder.name
         place -= shape.numel()
     return f"multiplier {place}"

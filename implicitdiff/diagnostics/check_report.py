@@ -7,7 +7,7 @@ In: statements and values. Out: a frozen `CheckReport`. `check.py` fills it for 
 import math
 from dataclasses import dataclass, field
 
-from implicitdiff.diagnostics.tables import number, table
+from implicitdiff.diagnostics.tables import WIDTH, number, table
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class CheckReport:
         return not any(row.verdict.startswith("fail") for row in self.rows)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """The rows as a table, in lines of at most `width` characters, and the verdict."""
         cells = [(row.name, _value(row.value), _value(row.tolerance), row.verdict) for row in self.rows]
         failed = [row.name for row in self.rows if row.verdict.startswith("fail")]
         last = "all is well" if self.ok else f"{len(failed)} failed: {', '.join(failed)}"
-        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT)}\n\n{last}"
+        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT, width)}\n\n{last}"
 
 
 _HEADER = ("what", "value", "tolerance", "verdict")

@@ -38,7 +38,7 @@ def work_in_place(body: Body) -> None:
         if value is None:
             continue
         old = statement.target
-        body.replace(k, Statement(name, value, in_place=True))
+        body.replace(k, Statement(name, value, True, statement.purpose))
         body.rewrite(lambda v: named(v, {old: ast.Name(name)}), k + 1)  # noqa: B023
         for later in body.statements[k + 1 :]:
             if later.target == old:
@@ -178,13 +178,15 @@ def join(body: Body) -> None:
     k = 1
     while k < len(body.statements):
         before, statement = body.statements[k - 1 : k + 1]
-        same = before.in_place and statement.in_place and before.target == statement.target
+        same = statement.in_place and before.target == statement.target
         if (
             same
+            and (before.in_place or is_fresh(before.value))
             and len(before.text) + len(statement.text) < WIDTH
             and read(statement.value).count(before.target) == 1
         ):
             statement.value = named(statement.value, {before.target: before.value})
+            statement.in_place = before.in_place
             body.replace(k - 1, None)
         else:
             k += 1

@@ -63,6 +63,16 @@ def pairs_through(declared: Declared, inverse: dict[int, Ref] | None) -> list[Co
     return out
 
 
+def corner_terms(declared: Declared) -> list[Contribution]:
+    """The diagonal D of K's corner, which makes S = A H^-1 A' to S + D: 1 in rows that are off."""
+    terms = []
+    for k, c in enumerate(declared.constraints):
+        corner = declared.corner(c)
+        if corner is not None:
+            terms.append(Contribution((k, k), c.labels, c.labels, (corner,), ()))
+    return terms
+
+
 def _pair(
     build: Builder,
     block: tuple[int, int],
@@ -228,7 +238,7 @@ class RouteFinder:
         build = self.build
         inverse = None if self.identity else self.inverse_diagonal(form)
         space = self.declared.constraint_space
-        schur = classify(build, space, pairs_through(self.declared, inverse))
+        schur = classify(build, space, [*pairs_through(self.declared, inverse), *corner_terms(self.declared)])
         if len(space.names) > 1 and schur.kind not in ("diagonal", "scaled-identity", "zero"):
             corners = sum(schur.grid[k][k].is_diagonal for k in range(len(space.names)))
             schur = replace(

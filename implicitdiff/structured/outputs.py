@@ -15,6 +15,7 @@ import torch
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
+from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
 from implicitdiff.structure import banded
@@ -250,7 +251,25 @@ class Recipes:
         flags = self._cancelled(kkt)
         first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
         verdict = self._status(status, [*held_w, *held_s], BATCHED)
-        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {})
+        steps = self._steps(outputs, held_w, held_s)
+        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {}, steps)
+
+    def _steps(self, outputs: Sequence[Output], w: Sequence[Ref], s: Sequence[Ref]) -> list[tuple[Ref, Step]]:
+        """What the gradients are, w and s pulled back to the inputs; what w and s are where they are no gradients."""
+        constrained = bool(self.declared.constraints)
+        text = "w' d2L/du d{0} - s' dh/d{0}" if constrained else "-w' d2f/du d{0}"
+        shared = {leaf.name for leaf in self.declared.theta if not leaf.placeholder.batched}
+        steps = []
+        for o in outputs:
+            summed = ", summed over the batch" if o.name in shared else ""
+            equation = f"gradient of {o.name}: {text.format(o.name)}{summed}"
+            steps.append((o.ref, Step(f"grad_{o.name}", equation)))
+        solved = "H w = A's - v" if constrained else "H w = v"
+        for refs, stem, equation in ((w, "w", solved), (s, "s", "S s = A H^-1 v")):
+            names = [stem] if len(refs) == 1 else [f"{stem}{k}" for k in range(len(refs))]
+            part = "" if len(refs) == 1 else ", a part"
+            steps += [(ref, Step(name, equation + part)) for ref, name in zip(refs, names, strict=True)]
+        return steps
 
     def _signed(self, ref: Ref, sign: float) -> Ref:
         """+-ref; a sum takes the sign in its terms."""

@@ -7,7 +7,6 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.factor import KKTFactor, Solution
 from implicitdiff.derivatives.stationarity import Stationarity
-from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.graph import rules
 from implicitdiff.graph.trace import Trace
 from implicitdiff.graph.translate import translate
@@ -30,8 +28,9 @@ from implicitdiff.structure.report import Analysis
 from implicitdiff.structured import edges, merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
+from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
-from implicitdiff.structured.probe import Probe
+from implicitdiff.structured.probe import Probe, warn_of_a_contradiction
 from implicitdiff.structured.report import report
 from implicitdiff.structured.run import Run
 from implicitdiff.structured.writer import Writer, Written
@@ -52,7 +51,13 @@ class StructuredPlan:
     """
 
     def __init__(
-        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+        self,
+        trace: Trace,
+        linear_solver: str,
+        dense: AutodiffPlan,
+        shown: Sequence[bool] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
         """Derives everything.
 
@@ -61,6 +66,7 @@ class StructuredPlan:
             linear_solver: the layer's option.
             dense: the plan to fall back on.
             shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
+            compiled: whether the emitted functions go through torch.compile.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -69,16 +75,16 @@ class StructuredPlan:
         dtype = next(p.dtype for p in trace.placeholders if p.dtype.is_floating_point)
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
-        self.declared = Declared(program, [tuple(shape) for shape in outputs])
+        self.declared = Declared(program, [tuple(shape) for shape in outputs], trace.corner)
         declared = self.declared
         form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
         self.recipes = Recipes(self.declared, form, linear_solver, dtype)
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
-        self.writer = Writer(self.arguments, program.constants, null)
+        self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         self.probe = Probe(self.recipes, self.writer, dense)
-        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        floating = [leaf.placeholder.moves for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
@@ -86,9 +92,11 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(
-            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
+        source, anchored = (
+            module(code.emitted.source, self.writer.namespace),
+            self.recipes.first == "anchored",
         )
+        self.analysis: Analysis = report(declared, form, route, source, anchored=anchored)
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
@@ -364,12 +372,7 @@ class StructuredPlan:
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self.probe(u, lam, theta))
             if self._contradiction:
-                warnings.warn(
-                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
-                    "differentiation; the dense path is taken instead. Please report this as a bug, with the problem.",
-                    StructureMismatchWarning,
-                    stacklevel=2,
-                )
+                warn_of_a_contradiction(self.analysis.hessian.kind)
         return bool(self._contradiction)
 
     # ---------------------------------------------------------------- the matrices
@@ -391,9 +394,4 @@ class StructuredPlan:
             return u[0].new_zeros((batch, 0, self.declared.space.size))
         function = self.writer.function("jacobian", "constraint_jacobian", "A = D_u h", self.recipes.jacobian)
         rows: Tensor = function(self.arguments.point(u, (), theta))[0].expand(batch, -1, -1)
-        space, numbers, start = self.declared.constraint_space, [], 0
-        for k in range(len(space.names)):
-            numbers.append(torch.arange(start, start + space.entries(k), device=rows.device)[None])
-            start += space.entries(k)
-        order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
-        return rows[:, order]
+        return rows[:, self.arguments.constraint_order(rows.device)]
