@@ -9,6 +9,7 @@ import importlib
 import typing
 
 from implicitdiff import operators, optimizers
+from implicitdiff.autograd import KKTOptions
 from implicitdiff.diagnostics import check, compare, explain, walkthrough
 from implicitdiff.errors import (
     CapturedTensorError,
@@ -57,6 +58,7 @@ __all__ = [
     "ImplicitDiffWarning",
     "InfeasibleError",
     "InputError",
+    "KKTOptions",
     "LossGradientWarning",
     "NotOptimalError",
     "NotSupportedYetError",
