@@ -86,7 +86,9 @@ def test_nothing_is_repeated_renamed_or_done_for_nothing(case: Case) -> None:
             assert not (isinstance(tree.op, ast.Mult | ast.Div) and 1.0 in sides), ast.unparse(tree)
             assert not (isinstance(tree.op, ast.Add | ast.Sub) and 0.0 in sides), ast.unparse(tree)
         number = isinstance(tree, ast.UnaryOp) and isinstance(tree.operand, ast.Constant)
-        if isinstance(tree, ast.BinOp | ast.UnaryOp | ast.Compare | ast.Call) and not number:
+        # where entries of a sparse matrix stand is said by objects of whole numbers: nothing is computed
+        place = isinstance(tree, ast.Call) and ast.unparse(tree.func).startswith("entries.")
+        if isinstance(tree, ast.BinOp | ast.UnaryOp | ast.Compare | ast.Call) and not number and not place:
             seen[ast.unparse(tree)] += 1
         assert not (isinstance(tree, ast.Attribute) and tree.attr == "repeat")
     assert [text for text, count in seen.items() if count > 1] == []
