@@ -27,7 +27,7 @@ from implicitdiff.graph.ir import Unsupported
 from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.trace import Trace, trace_problem
 from implicitdiff.inputs import Bound
-from implicitdiff.kkt.route import DENSE_BYTES
+from implicitdiff.memory import memory_limit, over_limit
 from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
@@ -119,8 +119,8 @@ def plan_for(
 
     Returns:
         The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need gradients, training,
-        the default dtype, the values of the problem's attributes, the options. Values of tensors are no part of it,
-        nor is the batch size.
+        the default dtype, the values of the problem's attributes, the options, the memory limit. Values of tensors are
+        no part of it, nor is the batch size.
 
     Raises:
         TraceError: the declared functions cannot be traced.
@@ -130,7 +130,7 @@ def plan_for(
     needs = tuple(tensor.requires_grad for tensor in (*bound.leaves, *bound.tensors))
     shapes = tuple((tuple(leaf.shape), leaf.dtype, str(leaf.device)) for leaf in variables)
     traced = ("trace", bound.signature, shapes, describe(variable_spec))
-    planned = ("plan", *traced, needs, backward, linear_solver, compiled)
+    planned = ("plan", *traced, needs, backward, linear_solver, compiled, memory_limit())
 
     def derive() -> Plan:
         trace = _TRACES.get(
@@ -184,7 +184,7 @@ def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear
         with clean_context():
             return _build(trace, backward, linear_solver)
 
-    return _REBATCHED.get(plan.trace, (batched, backward, linear_solver), derive)
+    return _REBATCHED.get(plan.trace, (batched, backward, linear_solver, memory_limit()), derive)
 
 
 def check_options(backward: str, linear_solver: str) -> None:
@@ -214,8 +214,9 @@ def _build(
             if compiled:
                 not_compiled(f"{refusal.operation or 'the problem'} is not covered: {refusal.reason}")
             fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
-        if _dense_bytes(trace) > DENSE_BYTES:
-            return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
+        if needed := over_limit("K", _rows(trace), trace.variables[0].dtype.itemsize):
+            analysis = unstructured(trace, "matrix-free", "minres", fallbacks)
+            return MatrixFreePlan(trace, replace(analysis, rejected=(("lu", needed),)))
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 
 
@@ -228,12 +229,12 @@ def not_compiled(reason: str) -> None:
     )
 
 
-def _dense_bytes(trace: Trace) -> int:
-    """Bytes of one sample's KKT matrix."""
+def _rows(trace: Trace) -> int:
+    """Rows of one sample's KKT matrix."""
     size = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
     if trace.equality is not None:
         size += sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
-    return size * size * trace.variables[0].dtype.itemsize
+    return size
 
 
 def unstructured(trace: Trace, kind: str, solver: str, fallbacks: tuple[Fallback, ...]) -> Analysis:

@@ -3,6 +3,7 @@
 Most tests take a backend that needs no C++ compiler and half a second instead of many.
 """
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -158,6 +159,21 @@ class Sorted(idf.Problem):
 
     def solve(self, x: Tensor) -> Tensor:
         return x
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch._prims_common.check. is deprecated:FutureWarning"
+)  # torch's own code
+@pytest.mark.parametrize("n", [40] if shutil.which("g++") or shutil.which("clang++") else [])
+def test_inductor_s_code_gives_the_same_gradients(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one test with a C++ compiler; where there is none it does not exist."""
+    monkeypatch.setattr("implicitdiff.structured.writer.COMPILED", frozenset(["backward"]))
+    problem = RobustPooling("pseudo-huber").double()
+    x = torch.randn(3, 6, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    layer = idf.DeclarativeLayer(problem, compile=True)
+    expected = gradients(idf.DeclarativeLayer(problem), (x,))
+    for _ in range(2):
+        assert_equal(gradients(layer, (x,)), expected)
 
 
 # -------------------------------------------------------------------- what cannot be compiled

@@ -82,6 +82,17 @@ def divided(batch_axis: int, *answers: Tensor) -> Tensor:
     return status
 
 
+def vanished(value: Tensor, *terms: Tensor) -> Tensor:
+    """(B,) int8: SINGULAR where an entry of `value` is nothing but rounding beside the terms that cancel in it."""
+    size = terms[0].abs()
+    for term in terms[1:]:
+        size = torch.maximum(size, term.abs())
+    gone = value.abs() <= 10 * torch.finfo(value.dtype).eps * size
+    return torch.where(gone.reshape(gone.shape[0], -1).any(1), int(Status.SINGULAR), int(Status.OK)).to(
+        torch.int8
+    )
+
+
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
     """max |finite entry| of each sample over several tensors (B or 1, ...), (B,)."""
     full = [tensor for tensor in tensors if tensor.numel()]

@@ -13,12 +13,13 @@ import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import call
-from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
-from implicitdiff.kkt import lowering
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
+from implicitdiff.kkt import lowering, patterns
 from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.kkt.grid import grid_operator
 from implicitdiff.kkt.route import RouteFinder
 from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.structure.scale import cancelling
 
 Refs = list[Ref]
 
@@ -151,7 +152,32 @@ class SymbolicKKT:
             corner=self._corner if self.declared.cornered else None,
         )
         w, s = range_space(steps, a, b, self.refinements)
-        return w, s, status
+        return w, s, [*status, *([] if self.identity else self._vanished())]
+
+    def _vanished(self) -> Refs:
+        """The status of a diagonal H in which multipliers may cancel: what is left may be rounding alone (2 - 2 lam).
+
+        No scale tells then, since S and w are as large as H is small.
+        """
+        build, form = self.build, self.route.hessian
+        found = []
+        for k, rows in enumerate(form.space.rows):
+            diagonal = form.grid[k][k].diagonal
+            if diagonal is None or diagonal.node.op != "add" or not self._has_multipliers(diagonal):
+                continue
+            labels = rows if diagonal.labels else ()
+            refs = [diagonal, *cancelling(build, diagonal)]
+            if any(not set(ref.labels) <= set(labels) for ref in refs):
+                continue
+            text = f"saddle.vanished({', '.join(f'{{{i}}}' for i in range(len(refs)))})"
+            found.append(call(build, text, [(ref, labels, BATCHED) for ref in refs], (), BATCHED, "vanished"))
+        return found
+
+    def _has_multipliers(self, ref: Ref) -> bool:
+        names = {
+            self.declared.constraint_leaf_name("lam", k) for k in range(len(self.declared.output_shapes))
+        }
+        return any(node.op == "leaf" and node.data[0] in names for node in reachable([ref.node]))
 
     def _constrain(self, x: Refs) -> Refs:
         """A x, one ref a constraint."""
@@ -238,6 +264,11 @@ class SymbolicKKT:
     def _system(self) -> Ref:
         """K by numbers: H structured or dense, A written out."""
         build, space = self.build, self.route.hessian.space
+        if self.route.name == "sparse":
+            null = ", null_vectors" if self.route.dependent is not None else ""
+            matrix = patterns.kkt_operator(self.declared, self.route.hessian, self.route.jacobian)
+            text = f"entries.SparseKKT({{0}}, {space.size}{null})"
+            return call(build, text, [(matrix, (), -1)], (), BATCHED, "kkt")
         jacobian = jacobian_matrix(self.declared, space.columns)
         args: list[tuple[Ref, Sequence[Label], int]] = [(jacobian, jacobian.labels, BATCHED)]
         corner = ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.inputs import InDims
 from implicitdiff.layer.options import Options
 from implicitdiff.layer.prepare import prepare
@@ -48,6 +49,7 @@ class DeclarativeLayer(torch.nn.Module):
         optimality_tol: float | None = None,
         compile: bool = False,
         tie: str = "inactive",
+        kkt: KKTOptions | None = None,
     ) -> None:
         """Check the options and keep them.
 
@@ -71,6 +73,8 @@ class DeclarativeLayer(torch.nn.Module):
             tie: at a weakly active inequality or bound (active, with a multiplier of 0) u has two one-sided
                 derivatives: "inactive" takes that of the constraint left out, "active" that of it kept as an equality,
                 "average" the mean of both.
+            kkt: what the backward pass does about the KKT system beside solving with it: derivatives of least norm for
+                minimisers that are not unique, a trust region, refinement, float64 inside; None: nothing.
 
         Raises:
             ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
@@ -91,6 +95,7 @@ class DeclarativeLayer(torch.nn.Module):
             optimality_tol=optimality_tol,
             compile=compile,
             tie=tie,
+            kkt=PLAIN if kkt is None else kkt,
         )
         self.options.check(self.problem)
 
@@ -143,6 +148,7 @@ def solve(
     optimality_tol: float | None = None,
     compile: bool = False,
     tie: str = "inactive",
+    kkt: KKTOptions | None = None,
 ) -> Solution:
     """Solve every sample: `DeclarativeLayer(problem, ...).solve(*inputs, init=init)` as a function.
 
@@ -158,6 +164,7 @@ def solve(
         optimality_tol: see `DeclarativeLayer`.
         compile: see `DeclarativeLayer`.
         tie: see `DeclarativeLayer`.
+        kkt: see `DeclarativeLayer`.
 
     Returns:
         Solution, differentiable in u, the multipliers and the value.
@@ -171,6 +178,7 @@ def solve(
         optimality_tol=optimality_tol,
         compile=compile,
         tie=tie,
+        kkt=PLAIN if kkt is None else kkt,
     )
     if torch.compiler.is_compiling():
         return solution_in_graph(problem, options, inputs, init, with_value=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.errors import OptionError, ProblemDefinitionError
 from implicitdiff.failures import validate_policy
 from implicitdiff.inputs import InDims
@@ -32,14 +33,19 @@ class Options:
     optimality_tol: float | None = None
     compile: bool = False
     tie: str = "inactive"
+    kkt: KKTOptions = PLAIN
 
     def check(self, problem: Problem) -> None:
         """Raise for a value that does not exist, or that this problem does not support."""
         check_options(self.backward, self.linear_solver)
         validate_policy(self.on_failure)
         tolerance(torch.float64, self.optimality_tol)
+        if not isinstance(self.kkt, KKTOptions):
+            raise OptionError(f"kkt={self.kkt!r}: give an idf.KKTOptions, or None")
         if self.compile and self.backward != "auto":
             not_compiled(f"backward={self.backward!r} is no emitted pass; use backward='auto'")
+        if not isinstance(self.kkt, KKTOptions):
+            raise OptionError(f"kkt={self.kkt!r}: give an idf.KKTOptions, or None")
         if self.tie not in TIES:
             raise OptionError(f"tie={self.tie!r} does not exist; choose one of {', '.join(TIES)}")
         if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):

@@ -197,12 +197,6 @@ class Prepared:
         count = len(self.plan.trace.variables)
         return Outputs(tuple(outputs[:count]), tuple(outputs[count:-3]), *outputs[-3:])
 
-    def value(self, u: Leaves) -> Tensor:
-        """The objective at u, (B,), differentiable: the traced function on the differentiable solution."""
-        if self.bound.batch == 0:
-            return u[0].new_zeros(0)
-        return self.call().lagrangian.objective(u, self.theta)
-
     def solution(self, outputs: Outputs, value: Tensor | None) -> Solution:
         """The leaves in the user's structures, without batch axis if none came in."""
         trace = self.plan.trace
@@ -254,6 +248,7 @@ def make_call(
         name=type(problem).__name__,
         backward=options.backward,
         linear_solver=options.linear_solver,
+        kkt=options.kkt,
         records=open_records(),
         vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
     )

@@ -24,6 +24,7 @@ class Settled:
     """The active sets of a batch.
 
     Attributes:
+        u: the points (B, m).
         active: what is active, weakly active members included.
         weak: members whose multiplier is 0 up to the tolerance.
         multipliers: (lam, mu), (B, p + q).
@@ -34,6 +35,7 @@ class Settled:
         wrong: the samples in which some multiplier had the wrong sign, (B,) bool.
     """
 
+    u: Tensor
     active: Active
     weak: Active
     multipliers: Tensor
@@ -114,6 +116,7 @@ def settle(limited: Limited, u: Tensor, tol: float, given: Tensor | None = None)
     excess = torch.maximum(-sizes.low, -sizes.high).clamp(min=0)
     worst = (excess / sizes.bound_scale).argmax(1, keepdim=True)
     return Settled(
+        u,
         active,
         weak,
         multipliers,

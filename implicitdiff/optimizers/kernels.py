@@ -161,6 +161,7 @@ class QuadraticKernel:
             # dependent equalities: the least that lets them pass
             whole.diagonal(dim1=1, dim2=2).add_(torch.finfo(whole.dtype).eps * size_of(whole)[:, None])
             schur, _ = torch.linalg.cholesky_ex(whole)
+            spread = torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
         def solve(top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor]:
             b_h, b_g = bottom[:, :p], bottom[:, p:]
@@ -169,7 +170,7 @@ class QuadraticKernel:
             s = b_h
             if schur is not None:
                 s = -torch.cholesky_solve((b_h + times(equality, w))[:, :, None], schur)[:, :, 0]
-                w = torch.cholesky_solve((top + times(equality.mT, s))[:, :, None], factor)[:, :, 0]
+                w = w + times(spread, s)
             return w, torch.cat([s, -(b_g + times(rows, w)) / corner], 1)
 
         return solve

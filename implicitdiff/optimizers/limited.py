@@ -184,7 +184,10 @@ class Limited:
         multipliers = tuple(like.new_zeros((batch, *shape)) for shape in self.multiplier_shapes)
         nothing = pack(zero, batch, like), pack(multipliers, batch, like)[:, self.equalities :]
         theta = self.interior_theta(*nothing)
-        return Matrices.of(interior_plan(self.plan), zero, multipliers, theta, self.equalities)
+        plan = interior_plan(self.plan)
+        flags = tuple(p.batched for p in (*plan.trace.inputs, *plan.trace.tensors))
+        lagrangian = Lagrangian(plan.trace, flags)
+        return Matrices.of(plan, lagrangian, zero, multipliers, theta, self.equalities)
 
     def interior_theta(self, weight: Tensor, corner: Tensor) -> Leaves:
         """theta with the masks of `graph.active.interior_trace`: weights (B, m) on u, the corner (B, q) of g."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from implicitdiff.errors import OptionError, ProblemDefinitionError
 from implicitdiff.failures import OnFailure, enforce, failed, name_samples, validate_policy
 from implicitdiff.inputs import Bound
-from implicitdiff.optimality import Check, check, tolerance
+from implicitdiff.optimality import Check, Residuals, check, tolerance
 from implicitdiff.optimizers.active_set import Settled, resolved, settle, with_multipliers
 from implicitdiff.optimizers.default import optimizer_name
 from implicitdiff.optimizers.forward import agreed
@@ -167,7 +167,10 @@ def _judged(
     settled = with_multipliers(settled, active, limited.equalities)
     multipliers = unpack(settled.multipliers, limited.multiplier_shapes)
     masked = limited.masked(active)
-    verdict = _with_bounds(check(limited.plan, u, multipliers, masked, tol), settled)
+    verdict = _held(limited, settled, active, tol)
+    if verdict is None:
+        verdict = check(limited.plan, u, multipliers, masked, tol)
+    verdict = _with_bounds(verdict, settled)
     status = verdict.status
     if found.iterative:
         status = status.masked_fill(status == int(Status.NOT_OPTIMAL), int(Status.NOT_CONVERGED))
@@ -205,6 +208,31 @@ def _judged(
         failed(status),
         settled.margin,
     )
+
+
+def _held(limited: Limited, settled: Settled, active: Active, tol: float) -> Check | None:
+    """The verdict on a quadratic program from its matrices, where all samples are optimal; else None: see `check`."""
+    matrices, u = limited.matrices, settled.u
+    if matrices is None:
+        return None
+    terms = torch.stack(matrices.terms(u, settled.multipliers))
+    left = torch.where(active.fixed, 0.0, terms.sum(0)).abs().amax(1)
+    h, g = matrices.constraints(u)
+    below = torch.cat([h, torch.where(active.rows, g, 0.0)], 1)
+    rows = torch.cat([matrices.equality, matrices.rows], 1)
+    zero = torch.zeros_like(left)
+    constraint, scale = zero, zero
+    if below.shape[1]:
+        # of each constraint the largest of the terms that cancel in it
+        size = (rows * u[:, None]).abs().amax(2).clamp(min=torch.finfo(u.dtype).tiny)
+        worst = (below.abs() / size).argmax(1, keepdim=True)
+        constraint, scale = below.abs().gather(1, worst)[:, 0], size.gather(1, worst)[:, 0]
+    residuals = Residuals(
+        left, terms.abs().amax(2).amax(0), constraint, scale, torch.zeros_like(left, dtype=torch.int64)
+    )
+    if not bool((residuals.relative <= tol).all()):
+        return None
+    return Check(residuals, torch.zeros_like(left, dtype=torch.int8), tol)
 
 
 def _with_bounds(verdict: Check, settled: Settled) -> Check:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives.kkt import SymmetricKKT
+from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.optimizers.iterate import pack
 from implicitdiff.plan import Plan
 
@@ -35,21 +36,21 @@ class Matrices:
     @staticmethod
     def of(
         plan: Plan,
+        lagrangian: Lagrangian,
         zero: tuple[Tensor, ...],
         multipliers: tuple[Tensor, ...],
         theta: tuple[Tensor, ...],
         p: int,
     ) -> Matrices:
-        """From the derivatives of an interior plan at u = 0; the first p of its constraints are equalities."""
+        """From the derivatives of a plan at u = 0; the first p of its constraints are equalities."""
         batch, like = zero[0].shape[0], zero[0]
-        found = plan.stationarity(zero, multipliers, theta)
         hessian = plan.hessian(zero, multipliers, theta).to_dense()
         jacobian = plan.constraint_jacobian(zero, theta)
-        offset = pack(found.constraint, batch, like)
+        offset = pack(lagrangian.constraints(zero, theta), batch, like)
         m = hessian.shape[-1]
         return Matrices(
             ((hessian + hessian.mT) / 2).expand(batch, m, m),
-            pack(found.gradient, batch, like),
+            pack(lagrangian.objective_gradient(zero, theta), batch, like),
             jacobian[:, :p],
             offset[:, :p],
             jacobian[:, p:],
@@ -117,6 +118,7 @@ class Matrices:
         whole = half.mT @ half
         whole.diagonal(dim1=1, dim2=2).add_(1 - keep)
         schur, failed = torch.linalg.cholesky_ex(whole)
+        spread = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         pivots = schur.diagonal(dim1=1, dim2=2).square() / whole.diagonal(dim1=1, dim2=2)
         eps = torch.finfo(u.dtype).eps
         bad = (
@@ -137,7 +139,7 @@ class Matrices:
             below = torch.cat([h, on * g], 1)
             w = -torch.cholesky_solve(gradient[:, :, None], factor)[:, :, 0]
             s = -torch.cholesky_solve((below + times(jacobian, w))[:, :, None], schur)[:, :, 0]
-            w = torch.cholesky_solve((times(jacobian.mT, s) - gradient)[:, :, None], factor)[:, :, 0]
+            w = w + times(spread, s)
             if rescue is not None:
                 columns = torch.cat([-gradient, below], 1)[bad][:, :, None]
                 z = rescue.solve(columns)[0][:, :, 0]

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal
+from implicitdiff.operators import GroupedLowRank, LinearOperator, LowRankPlusDiagonal, LowRankUpdate
 from implicitdiff.operators.products import batched_matvec, rows_times, weighted_product
 from implicitdiff.solvers.base import (
     PANEL,
@@ -23,8 +23,10 @@ from implicitdiff.solvers.base import (
     to_rows,
 )
 from implicitdiff.solvers.condition import suspicion_level
+from implicitdiff.solvers.grouped import GroupedFactorization
 from implicitdiff.solvers.lu import LUFactorization
 from implicitdiff.solvers.mixed import PlainFactorization, plain_first
+from implicitdiff.solvers.woodbury_update import UpdateFactorization, base_solver, update_cost
 from implicitdiff.status import Status, all_ok
 
 # Where the entries of D differ by more than this factor, the lemma cancels digits and the answer is refined.
@@ -224,14 +226,19 @@ class Woodbury(LinearSolver):
 
     def reject(self, operator: LinearOperator) -> str | None:
         """Refuse other kinds, and ranks that are not smaller than the size."""
-        if not isinstance(operator, LowRankPlusDiagonal):
+        if not isinstance(operator, LowRankPlusDiagonal | LowRankUpdate | GroupedLowRank):
             return f"the matrix is {operator.kind}, not low-rank-plus-diagonal"
-        if operator.rank >= operator.size:
-            return f"k = {operator.rank} >= m = {operator.size}"
+        size = operator.left.shape[-2]
+        if operator.rank >= size:
+            return f"k = {operator.rank} >= m = {size}"
         return None
 
     def cost(self, operator: LinearOperator) -> Cost:
         """2 m k^2 + 2/3 k^3 flops to factor, 4 m k + 2 k^2 to solve; four k x k matrices, D^-1 V before."""
+        if isinstance(operator, LowRankUpdate):
+            return update_cost(operator, base_solver(operator).cost(operator.base))
+        if isinstance(operator, GroupedLowRank):
+            operator = operator.blocks
         assert isinstance(operator, LowRankPlusDiagonal)
         batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
         factor, small, vector = batch * size * rank, batch * rank * rank, batch * size
@@ -242,6 +249,10 @@ class Woodbury(LinearSolver):
         return Cost(flops, moved * item, peak, 25 + batch * rank // PANEL)
 
     def _factor(self, operator: LinearOperator) -> Factorization:
+        if isinstance(operator, LowRankUpdate):
+            return UpdateFactorization(operator, base_solver(operator).factor(operator.base))
+        if isinstance(operator, GroupedLowRank):
+            return GroupedFactorization(operator, self._factor(operator.blocks))
         assert isinstance(operator, LowRankPlusDiagonal)
         diagonal = operator.diagonal
         inner = [*operator.parameters()[1:], *([diagonal] if diagonal.shape[1] > 1 else [])]

@@ -20,8 +20,9 @@ from implicitdiff.errors import FallbackWarning
 from implicitdiff.graph.calls import Emitted
 
 OBJECTS = frozenset(("solvers", "operators"))
-LOOKS_AT_VALUES = frozenset("RangeSpace FullKKT merged divided anchor_weight".split())
-"""Functions of `saddle` that do not go into a compiled stretch."""
+OUTSIDE = frozenset("RangeSpace FullKKT merged divided anchor_weight squared_distance".split())
+"""Functions of `saddle` that do not go into a compiled stretch: they look at values, or are faster as they are (a sum
+of squared differences works in pieces that stay in the cache)."""
 WORTHWHILE = 2
 """Arithmetic operations from which on a stretch is compiled: calling compiled code takes about as long as two."""
 
@@ -29,11 +30,6 @@ WORTHWHILE = 2
 def square_sum(tensor: Tensor, dim: int) -> Tensor:
     """`saddle.square_sum` for a compiler, which makes one loop of it by itself."""
     return tensor.square().sum(dim)
-
-
-def squared_distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """`saddle.squared_distance` likewise."""
-    return (a - b).square().sum(dim)
 
 
 class Compiled:
@@ -140,7 +136,7 @@ def build(source: str, namespace: Mapping[str, Any]) -> Callable[..., Any]:
     assert isinstance(function, ast.FunctionDef)
     statements, results = _body(function)
     groups = _grouped(statements)
-    scope: dict[str, Any] = {**namespace, "square_sum": square_sum, "squared_distance": squared_distance}
+    scope: dict[str, Any] = {**namespace, "square_sum": square_sum}
     read_after = [set(_read(results))]
     for group in reversed(groups):
         read_after.append(read_after[-1] | set(_read(group.statements)))
@@ -211,7 +207,7 @@ def _is_opaque(statement: ast.stmt, objects: set[str]) -> bool:
         saddle = (
             isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "saddle"
         )
-        if saddle and isinstance(tree, ast.Attribute) and tree.attr in LOOKS_AT_VALUES:
+        if saddle and isinstance(tree, ast.Attribute) and tree.attr in OUTSIDE:
             return True
     return False
 
@@ -247,21 +243,17 @@ def _compiled(
     function.body = [*fused, ast.Return(returned)]
     inner = dict(scope)
     _execute([function], name, inner)
-    made: Callable[..., Any] = torch.compile(inner[name], fullgraph=True)
+    made: Callable[..., Any] = torch.compile(inner[name])
     return made
 
 
 class _Fused(ast.NodeTransformer):
-    """`saddle.square_sum` and `saddle.squared_distance`, which work in pieces, as what a compiler fuses."""
+    """`saddle.square_sum`, which works in pieces, as what a compiler fuses with the values that it sums."""
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         self.generic_visit(node)
-        known = isinstance(node.value, ast.Name) and node.value.id == "saddle"
-        return (
-            ast.Name(node.attr, ast.Load())
-            if known and node.attr in ("square_sum", "squared_distance")
-            else node
-        )
+        known = isinstance(node.value, ast.Name) and node.value.id == "saddle" and node.attr == "square_sum"
+        return ast.Name(node.attr, ast.Load()) if known else node
 
 
 def _execute(body: list[ast.stmt], name: str, scope: dict[str, Any]) -> None:

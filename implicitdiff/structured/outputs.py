@@ -14,11 +14,12 @@ import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import Output, call
-from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
 from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
-from implicitdiff.structure import banded
+from implicitdiff.memory import over_limit
+from implicitdiff.structure import banded, sparse
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
@@ -120,6 +121,13 @@ class Recipes:
         )
 
     @cached_property
+    def linear(self) -> bool:
+        """Whether A = D_u h does not depend on u."""
+        own = {leaf.node.id for leaf in self.declared.variables}
+        rows = [term.coefficient.node for c in self.declared.constraints for term in c.terms]
+        return not any(node.id in own for node in reachable(rows))
+
+    @cached_property
     def anchor(self) -> Anchor | None:
         """H + rho A'A, where H is banded and constraints of few neighbours keep it so (u[0] = a).
 
@@ -143,6 +151,12 @@ class Recipes:
         return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
 
     @cached_property
+    def whole_is_too_large(self) -> bool:
+        """Whether K as one matrix is above the memory limit: then nothing comes after the other ways."""
+        size = self.declared.space.size + self.declared.constraint_space.size
+        return bool(over_limit("K", size, self.dtype.itemsize))
+
+    @cached_property
     def first(self) -> Way:
         """The way that is tried first: an H of differences alone is not tried, since it is singular most likely."""
         if self.anchor is None or any(not term.has_places for term in self.declared.hessian_terms):
@@ -158,7 +172,7 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, s or w, STACKED)]
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, [*w, *s], STACKED)]
         return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
@@ -180,6 +194,9 @@ class Recipes:
         build = self.build
         shift = build.self_ref(build.leaf("shift", (), BATCHED, differentiable=False).node)
 
+        if form.base is not None:
+            return replace(form, base=self.shifted(form.base))
+
         def lifted(e: Entry) -> Entry:
             return replace(e, diagonal=shift if e.diagonal is None else build.plus(e.diagonal, shift))
 
@@ -187,24 +204,37 @@ class Recipes:
             tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid)
         )
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
-        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
+        pattern = form.pattern
+        if pattern:
+            pattern += tuple(sparse.lifted(form.space, k, shift) for k in range(len(form.grid)))
+        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind), pattern=pattern)
 
     def verdict(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""
+        labelled = [ref for ref in answers if ref.node.prefix >= prefix]
         if not status:
-            labelled = [ref for ref in answers if ref.node.prefix >= prefix]
             if not labelled or self._divides_by_numbers():
                 return Output("status", self.build.number(0.0), ())
-            text = (
-                f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(labelled)))})"
-            )
-            args = [(ref, ref.labels, prefix) for ref in labelled]
-            return Output("status", call(self.build, text, args, (), BATCHED, "status"), (), prefix=-1)
+            return Output("status", self._divided(labelled, prefix, "status"), (), prefix=-1)
+        if self._masked and labelled:
+            # What is divided out of S, and H where it is diagonal, may be 0 on some active sets.
+            status = [*status, self._divided(labelled, prefix)]
         if len(status) == 1:
             return Output("status", status[0], (), prefix=-1)
         text = ", ".join(f"{{{k}}}" for k in range(len(status)))
         merged = call(self.build, f"saddle.merged({text})", [(ref, (), -1) for ref in status], (), BATCHED)
         return Output("status", merged, (), prefix=-1)
+
+    def _divided(self, answers: Sequence[Ref], prefix: int, name: str = "divided") -> Ref:
+        """The verdict on answers that came by division."""
+        text = f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(answers)))})"
+        return call(self.build, text, [(ref, ref.labels, prefix) for ref in answers], (), BATCHED, name)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether the problem is one on an active set, and S is used as it stands in symbols."""
+        masks = any(leaf.placeholder.role == "mask" for leaf in self.declared.theta)
+        return masks and self.kkt.route.name == "range-space"
 
     def _divides_by_numbers(self) -> bool:
         """Whether H is a number times the identity, or numbers on the diagonal, and there is no S."""
@@ -223,10 +253,13 @@ class Recipes:
         sign = -1.0 if on_h else 1.0
         b = [build.scale(sign, ref) if with_lam else build.number(0.0) for ref in on_h]
         w, s, status = kkt.solve([build.scale(sign, ref) for ref in on_u], b, BATCHED)
-        held_w = [
-            build.hold(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
+        # a number in front of w is left outside, where it may meet others or a smaller tensor
+        apart = [
+            self._without_number(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
             for k, (ref, leaf) in enumerate(zip(w, declared.variables, strict=True))
         ]
+        bare_w = [build.hold(ref) for _, ref in apart]
+        held_w = [build.scale(number, ref) for (number, _), ref in zip(apart, bare_w, strict=True)]
         held_s = [build.hold(ref) for ref in s]
         gradients = declared.input_gradients(held_w, held_s)
         zeros = [] if with_lam else self._feasible_sums(held_w)
@@ -243,12 +276,19 @@ class Recipes:
             outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
-        first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
-        verdict = self.verdict(status, held_s or held_w, BATCHED)
-        steps = self._steps(outputs, held_w, held_s)
+        first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
+        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
+        steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
         return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
 
-    def _steps(self, outputs: Sequence[Output], w: Sequence[Ref], s: Sequence[Ref]) -> list[tuple[Ref, Step]]:
+    def _without_number(self, ref: Ref) -> tuple[float, Ref]:
+        """(number, ref / number): the coefficient of a product and its factors."""
+        number, factors = self.build.split(ref)
+        return (number, self.build.mul(factors)) if factors and number != 0.0 else (1.0, ref)
+
+    def _steps(
+        self, outputs: Sequence[Output], w: Sequence[Ref], s: Sequence[Ref], numbers: Sequence[float]
+    ) -> list[tuple[Ref, Step]]:
         """What the gradients are, w and s pulled back to the inputs; what w and s are where they are no gradients."""
         constrained = bool(self.declared.constraints)
         text = "w' d2L/du d{0} - s' dh/d{0}" if constrained else "-w' d2f/du d{0}"
@@ -260,9 +300,11 @@ class Recipes:
             steps.append((o.ref, Step(f"grad_{o.name}", equation)))
         solved = "H w = A's - v" if constrained else "H w = v"
         for refs, stem, equation in ((w, "w", solved), (s, "s", "S s = A H^-1 v")):
-            names = [stem] if len(refs) == 1 else [f"{stem}{k}" for k in range(len(refs))]
-            part = "" if len(refs) == 1 else ", a part"
-            steps += [(ref, Step(name, equation + part)) for ref, name in zip(refs, names, strict=True)]
+            for k, ref in enumerate(refs):
+                part = "" if len(refs) == 1 else ", a part"
+                if refs is w and numbers[k] != 1.0:
+                    part += f", w divided by {numbers[k]:g}"
+                steps.append((ref, Step(stem if len(refs) == 1 else f"{stem}{k}", equation + part)))
         return steps
 
     def _signed(self, ref: Ref, sign: float) -> Ref:

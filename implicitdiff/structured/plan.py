@@ -7,7 +7,6 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.factor import KKTFactor, Solution
 from implicitdiff.derivatives.stationarity import Stationarity
-from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.graph import rules
 from implicitdiff.graph.trace import Trace
 from implicitdiff.graph.translate import translate
@@ -27,15 +25,17 @@ from implicitdiff.status import Status, all_ok, is_all_ok
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
-from implicitdiff.structured import merge
+from implicitdiff.structured import edges, merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
 from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
-from implicitdiff.structured.probe import Probe
+from implicitdiff.structured.probe import Probe, warn_of_a_contradiction
 from implicitdiff.structured.report import report
-from implicitdiff.structured.run import Run, lost, off_zero
+from implicitdiff.structured.run import Run
 from implicitdiff.structured.writer import Writer, Written
+
+Values = Callable[[], Mapping[str, Tensor]]
 
 assert rules.__all__  # importing the package is what registers the translation rules
 
@@ -106,7 +106,7 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            inside = function(self.arguments.point(off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(edges.off_zero(u), (), theta))[0]
             found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
@@ -190,23 +190,13 @@ class StructuredPlan:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
             verdict = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
-            return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
+            return merge.Attempt(self.arguments.pair(out, rhs_u[0].shape[:2]), verdict, function, out)
 
-        answer, status = self._settled(attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1))
+        answer, status = self._settled(
+            attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1), lambda: point
+        )
         count = len(self.declared.variables)
         return answer[:count], answer[count:], status
-
-    def _pair(self, out: tuple[Any, ...], lead: torch.Size) -> Leaves:
-        """(*w, *s) with their leading axes (R, B), from the results of `kkt_solve`."""
-        count = len(self.declared.variables)
-        w = tuple(
-            x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
-            for x, leaf in zip(out[:count], self.declared.variables, strict=True)
-        )
-        s = self.arguments.joined(
-            [b.expand(*lead, *b.shape[2:]) for b in out[count : count + len(self.declared.constraints)]], 2
-        )
-        return (*w, *s)
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
         return self.writer.function(
@@ -232,36 +222,49 @@ class StructuredPlan:
         self,
         attempt: Callable[[Way], merge.Attempt[merge.A]],
         mend: Callable[[Tensor, merge.A, merge.A], merge.A],
+        values: Values,
     ) -> tuple[merge.A, Tensor]:
         """The answer and the status along the ways; each sample keeps that of the first way that served it."""
         tried = attempt(self.recipes.first)
         answer, status = tried.answer, tried.status
-        further = self._next(self.recipes.first, tried, status)
+        further = self._next(self.recipes.first, tried, status, values)
         while further is not None:
-            way, redo = further
+            way, redo, status = further
+            if way is None:
+                break
             tried = attempt(way)
             answer, status = mend(redo, tried.answer, answer), torch.where(redo, tried.status, status)
-            further = self._next(way, tried, status)
+            further = self._next(way, tried, status, values)
         return answer, status
 
-    def _next(self, way: Way, tried: merge.Attempt[merge.A], status: Tensor) -> tuple[Way, Tensor] | None:
-        """What to try after `way`, for which samples (B,): refinements where digits cancelled, K as one matrix where
-        H or S is singular (with a regular K, or constraints that depend by their values). A singular H that is banded
-        is anchored first, where that leaves it banded."""
+    def _next(
+        self, way: Way, tried: merge.Attempt[merge.A], status: Tensor, values: Values
+    ) -> tuple[Way | None, Tensor, Tensor] | None:
+        """What to try after `way`, and for which samples (B,); the others keep what they have.
+
+        Refinements where digits cancelled, K as one matrix where H or S is singular: a singular H with a regular K, and
+        constraints that depend on each other by their values. A singular H that is banded is anchored first, where
+        that leaves it banded.
+        """
         found = tried.function.emitted.results
         if len(found) > 1 and found[-2] == "cancelled":
             cancelled = merge.flagged(tried.out[-2], len(status), status)
             if cancelled is not None:
-                return "refined", cancelled
+                return "refined", cancelled, status
         if is_all_ok(status):
             return None
-        whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
+        whole = way == "full" or self.recipes.kkt.route.whole or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
+        if self.recipes.kkt.route.name == "range-space" and way != "full":
+            status = merge.absolved(
+                status, tried.status, lambda: self._hessian(values()), self.recipes.linear
+            )
         singular = merge.unsolved(status, self.declared)
-        if singular is None:
-            return None
-        return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
+        anchored = way == "route" and self.recipes.anchor is not None
+        if singular is None or (self.recipes.whole_is_too_large and not anchored):
+            return None, status, status
+        return ("anchored" if anchored else "full"), singular, status
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8 and not is_all_ok(status):
@@ -293,29 +296,29 @@ class StructuredPlan:
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
-            if run.function.fragile and lost(run.function, out, u):
-                out = run.call((off_zero(u), *given[1:]))
+            if run.function.fragile and edges.lost(run.function, out, u):
+                out = run.call((edges.off_zero(u), *given[1:]))
             verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
-        return self._settled(attempt, self._merged)
+        return self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
 
     def _pulled(
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
     ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
         """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
-        u, _, theta, *_ = given
+        u, lam, theta, *_ = given
         moved = False
 
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             nonlocal moved
             run = self._run(way, needs, with_lam, given=True)
             out = run.call((*given, tuple(factor.given(way).values())))
-            moved = moved or bool(run.function.fragile and lost(run.function, out, u))
+            moved = moved or bool(run.function.fragile and edges.lost(run.function, out, u))
             verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
-        found = self._settled(attempt, self._merged)
+        found = self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
         return None if moved else found
 
     def _merged(self, redo: Tensor, new: merge.Gradients, old: merge.Gradients) -> merge.Gradients:
@@ -368,20 +371,18 @@ class StructuredPlan:
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self.probe(u, lam, theta))
             if self._contradiction:
-                warnings.warn(
-                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
-                    "differentiation; the dense path is taken instead. Please report this as a bug, with the problem.",
-                    StructureMismatchWarning,
-                    stacklevel=2,
-                )
+                warn_of_a_contradiction(self.analysis.hessian.kind)
         return bool(self._contradiction)
 
     # ---------------------------------------------------------------- the matrices
 
     def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
         """H = D_uu L, of the kind that was proved."""
+        return self._hessian(self.arguments.point(u, lam, theta))
+
+    def _hessian(self, values: Mapping[str, Tensor]) -> LinearOperator:
         function = self.writer.function("hessian", "hessian", "H = D_uu L", self.recipes.hessian)
-        found = function(self.arguments.point(u, lam, theta))[0]
+        found = function(values)[0]
         assert isinstance(found, LinearOperator)
         return found
 
@@ -392,9 +393,4 @@ class StructuredPlan:
             return u[0].new_zeros((batch, 0, self.declared.space.size))
         function = self.writer.function("jacobian", "constraint_jacobian", "A = D_u h", self.recipes.jacobian)
         rows: Tensor = function(self.arguments.point(u, (), theta))[0].expand(batch, -1, -1)
-        space, numbers, start = self.declared.constraint_space, [], 0
-        for k in range(len(space.names)):
-            numbers.append(torch.arange(start, start + space.entries(k), device=rows.device)[None])
-            start += space.entries(k)
-        order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
-        return rows[:, order]
+        return rows[:, self.arguments.constraint_order(rows.device)]
