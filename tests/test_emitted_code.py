@@ -22,7 +22,7 @@ from implicitdiff.diagnostics import explain
 from implicitdiff.diagnostics.held import plan_of
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.status import Status
-from tests.cases import CASES, STRANGERS, Case
+from tests.cases import BY_NAME, CASES, STRANGERS, Case
 
 PENALTIES = ("quadratic", "pseudo-huber", "huber", "welsch", "truncated-quadratic")
 EMITTED = [case for case in CASES if case.name not in ("running-sums", "constants")]
@@ -176,6 +176,18 @@ def test_executing_the_code_alone_gives_the_same_gradients_bit_by_bit(case: Case
                 r.reshape(grad.shape) for r in results if isinstance(r, Tensor) and r.numel() == grad.numel()
             ]
             assert any(torch.allclose(r, grad, rtol=0.0, atol=0.0, equal_nan=True) for r in of_this_size)
+
+
+def test_an_argument_that_is_reshaped_keeps_its_name() -> None:
+    """Weights of one point: an axis of size 1 is taken away in front of the first statement."""
+    case = BY_NAME["pooling-weighted"]
+    code, values, grads = given_by_name((case.problem(), case.make_inputs(sizes=(4, 1)), case.in_dims))
+    assert "    w = w.reshape(" in code
+    assert "h's" in code
+    results = [r for r in executed(code, values) if isinstance(r, Tensor)]
+    assert any(
+        torch.equal(r.reshape(grads[0].shape), grads[0]) for r in results if r.numel() == grads[0].numel()
+    )
 
 
 def test_the_users_names_are_kept_and_ours_give_way() -> None:

@@ -121,3 +121,35 @@ def test_the_limit_is_a_function_and_a_context() -> None:
         with pytest.raises(idf.OptionError, match="memory limit"):
             idf.set_memory_limit(wrong)
     assert idf.memory_limit() == 500
+
+
+class Held(idf.Problem):
+    """minimise over u  sum (u_k+1 - u_k)^2 + sum x u / 4   s.t.  u_0 = y: a band that is singular by itself"""
+
+    def objective(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return ((u[1:] - u[:-1]) ** 2).sum() + (x * u).sum() / 4 + 0.0 * (u**2).sum()
+
+    def equality(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return u[0] - y
+
+    def init(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_a_singular_band_is_anchored_above_the_limit_too() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y = (
+        torch.randn(2, 20, dtype=torch.float64, generator=generator),
+        torch.randn(2, generator=generator).double(),
+    )
+    assert idf.memory_limit() < 21**2 * 8
+    found = idf.explain(Held(), x, y)
+    assert found.hessian.kind == "banded"
+    u = idf.DeclarativeLayer(Held())(x.requires_grad_(), y.requires_grad_())
+    torch.testing.assert_close(u[:, 0], y)
+    grads = torch.autograd.grad(u.sum(), (x, y))
+    # (u_k+1 - u_k) = sum over j > k of x_j / 8: each x_j moves all entries up to its own
+    index = torch.arange(20, dtype=torch.float64)
+    reach = torch.minimum(index[:, None], index[None, :]).sum(0)
+    torch.testing.assert_close(grads[0], (-reach / 8).expand(2, 20))
+    torch.testing.assert_close(grads[1], torch.full_like(y, 20.0))

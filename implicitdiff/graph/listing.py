@@ -44,7 +44,7 @@ def listing(
     )
     gradients = any(step is not None and step.name.startswith("grad_") for step in steps)
     ending = ending or ("the gradients, and a verdict on each sample" if gradients else "the results")
-    inside = list(opening)
+    inside = [_shown(line, shown) for line in opening]
     for text, comment in (*lines, Line(tail, ending)):
         inside += _commented(wrapped(_shown(text, shown)), _shown(comment, shown))
     head = _shown(f"def {name}({', '.join(arguments)}):", shown)
@@ -54,7 +54,7 @@ def listing(
 def _shown(text: str, shown: Mapping[str, str]) -> str:
     """The user's own names in the place of those that stand for them; equal names of ours get an underscore."""
     for internal, own in shown.items():
-        text = re.sub(rf"(?<![\w.]){own}\b", f"{own}_", text)
+        text = re.sub(rf"(?<![\w.']){own}\b", f"{own}_", text)
         text = re.sub(rf"\b(grad_|d|){internal}\b", rf"\g<1>{own}", text)
     return text
 

@@ -252,12 +252,13 @@ class RouteFinder:
         structured = choice.solver.name in STRUCTURED
         needed = "" if structured else over_limit("H", operator.size, self.dtype.itemsize)
         if needed and linear_solver == "auto":
-            if form.kind != "low-rank-plus-diagonal":
-                raise Unsupported(f"H is {form.kind}: {needed}")
-            # the products with D + U C U' are cheap whatever the rank
-            choice = solvers.choose(operator, "cg")
-            rejected = (*choice.rejected, ("cholesky", needed))
-            return form.kind, replace(choice, rejected=rejected)
+            # the products with D + U C U' are cheap whatever the rank, also for many right-hand sides
+            many = constrained and form.kind != "low-rank-plus-diagonal"
+            large = {name: needed for name in solvers.candidates(operator) if name not in STRUCTURED}
+            try:
+                return form.kind, solvers.choose(operator, many=many, ruled_out=large)
+            except OptionError:
+                raise Unsupported(f"H is {form.kind}: {needed}") from None
         # a band is written into a dense matrix faster by its operator than term by term
         return (form.kind if structured or form.kind == "banded" else "dense"), choice
 

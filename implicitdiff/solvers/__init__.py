@@ -16,7 +16,7 @@ from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.pseudo_inverse import PseudoInverse
 from implicitdiff.solvers.schur import Schur
 from implicitdiff.solvers.schur_cg import SchurConjugateGradients
-from implicitdiff.solvers.select import PLANNED, SOLVERS, Choice, choose, solver_named
+from implicitdiff.solvers.select import PLANNED, SOLVERS, Choice, candidates, choose, solver_named
 from implicitdiff.solvers.sparse_lu import SparseLU
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
@@ -42,6 +42,7 @@ __all__ = [
     "SparseLU",
     "Tridiagonal",
     "Woodbury",
+    "candidates",
     "choose",
     "relative_residual",
     "solver_named",

@@ -4,6 +4,7 @@ In: an operator (meta tensors will do) and the name the user asked for, or "auto
 reading order of the package ends here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -140,7 +141,12 @@ def _for_products(operator: MatrixFree) -> tuple[str, ...]:
 
 
 def choose(
-    operator: LinearOperator, requested: str = "auto", *, definite: bool | None = None, many: bool = False
+    operator: LinearOperator,
+    requested: str = "auto",
+    *,
+    definite: bool | None = None,
+    many: bool = False,
+    ruled_out: Mapping[str, str] | None = None,
 ) -> Choice:
     """Choose the solver for an operator, from its kind and its shapes alone.
 
@@ -151,6 +157,7 @@ def choose(
             and conjugate gradients are not considered. None or True: nothing is ruled out.
         many: whether there will be many right-hand sides, as when S = A H^-1 A' is formed: a factorisation serves
             all of them, so iterations are not considered.
+        ruled_out: solvers that are not considered, each with the reason.
 
     Returns:
         The cheapest possible candidate, or the one requested.
@@ -174,7 +181,7 @@ def choose(
     possible: list[tuple[str, Cost]] = []
     rejected: list[tuple[str, str]] = []
     for name in candidates(operator):
-        reason = SOLVERS[name].reject(operator)
+        reason = (ruled_out or {}).get(name) or SOLVERS[name].reject(operator)
         if reason is None and definite is False and name in ("cholesky", "cg", "schur-cg"):
             reason = "the matrix is not positive definite"
         if reason is None and many and name in ("cg", "schur-cg") and len(candidates(operator)) > 1:
