@@ -9,7 +9,8 @@ import importlib
 import typing
 
 from implicitdiff import operators, optimizers
-from implicitdiff.diagnostics import check, compare, explain
+from implicitdiff.autograd import KKTOptions
+from implicitdiff.diagnostics import check, compare, explain, walkthrough
 from implicitdiff.errors import (
     CapturedTensorError,
     ControlFlowError,
@@ -37,6 +38,7 @@ from implicitdiff.errors import (
     UnrollError,
 )
 from implicitdiff.layer import DeclarativeLayer, solve
+from implicitdiff.memory import memory_limit, set_memory_limit
 from implicitdiff.problem import FixedPoint, Problem, Root, Solution
 from implicitdiff.records import record
 from implicitdiff.status import Status
@@ -56,6 +58,7 @@ __all__ = [
     "ImplicitDiffWarning",
     "InfeasibleError",
     "InputError",
+    "KKTOptions",
     "LossGradientWarning",
     "NotOptimalError",
     "NotSupportedYetError",
@@ -82,10 +85,13 @@ __all__ = [
     "derivatives",
     "explain",
     "jacobian",
+    "memory_limit",
     "operators",
     "optimizers",
     "record",
+    "set_memory_limit",
     "solve",
+    "walkthrough",
 ]
 
 

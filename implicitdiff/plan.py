@@ -7,6 +7,7 @@ first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autogra
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,13 +21,13 @@ from implicitdiff.derivatives.autodiff import ApproximatePlan, AutodiffPlan
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
-from implicitdiff.errors import OptionError
+from implicitdiff.errors import FallbackWarning, OptionError
 from implicitdiff.graph.active import active_trace, interior_trace
 from implicitdiff.graph.ir import Unsupported
 from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.trace import Trace, trace_problem
 from implicitdiff.inputs import Bound
-from implicitdiff.kkt.route import DENSE_BYTES
+from implicitdiff.memory import memory_limit, over_limit
 from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
@@ -103,6 +104,7 @@ def plan_for(
     *,
     backward: str = "auto",
     linear_solver: str = "auto",
+    compiled: bool = False,
 ) -> Plan:
     """The plan of a call: from the cache, or derived now.
 
@@ -113,11 +115,12 @@ def plan_for(
         variable_spec: their structure.
         backward: the layer's option; it decides which kind of plan is made.
         linear_solver: the layer's option.
+        compiled: the layer's option `compile`.
 
     Returns:
         The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need gradients, training,
-        the default dtype, the values of the problem's attributes, the options. Values of tensors are no part of it,
-        nor is the batch size.
+        the default dtype, the values of the problem's attributes, the options, the memory limit. Values of tensors are
+        no part of it, nor is the batch size.
 
     Raises:
         TraceError: the declared functions cannot be traced.
@@ -127,7 +130,7 @@ def plan_for(
     needs = tuple(tensor.requires_grad for tensor in (*bound.leaves, *bound.tensors))
     shapes = tuple((tuple(leaf.shape), leaf.dtype, str(leaf.device)) for leaf in variables)
     traced = ("trace", bound.signature, shapes, describe(variable_spec))
-    planned = ("plan", *traced, needs, backward, linear_solver)
+    planned = ("plan", *traced, needs, backward, linear_solver, compiled, memory_limit())
 
     def derive() -> Plan:
         trace = _TRACES.get(
@@ -138,7 +141,7 @@ def plan_for(
             *(tensor.requires_grad for tensor in bound.tensors),
         )
         with clean_context():  # a plan outlives the graph that is being recorded, if one is
-            return _build(trace, backward, linear_solver, shown)
+            return _build(trace, backward, linear_solver, shown, compiled=compiled)
 
     return _PLANS.get(problem, planned, derive)
 
@@ -181,7 +184,7 @@ def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear
         with clean_context():
             return _build(trace, backward, linear_solver)
 
-    return _REBATCHED.get(plan.trace, (batched, backward, linear_solver), derive)
+    return _REBATCHED.get(plan.trace, (batched, backward, linear_solver, memory_limit()), derive)
 
 
 def check_options(backward: str, linear_solver: str) -> None:
@@ -194,7 +197,9 @@ def check_options(backward: str, linear_solver: str) -> None:
             raise OptionError(f"{option}={name!r} does not exist; choose one of {', '.join(known)}")
 
 
-def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = ()) -> Plan:
+def _build(
+    trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = (), *, compiled: bool = False
+) -> Plan:
     """Choose the kind of plan for a trace; `shown` are the theta whose gradients the report's code computes."""
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "matrix-free":
@@ -204,20 +209,32 @@ def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool
     if backward != "dense":
         try:
             dense = AutodiffPlan(trace, unstructured(trace, "dense", "lu", ()))
-            return StructuredPlan(trace, linear_solver, dense, shown)
+            return StructuredPlan(trace, linear_solver, dense, shown, compiled=compiled)
         except Unsupported as refusal:
+            if compiled:
+                not_compiled(f"{refusal.operation or 'the problem'} is not covered: {refusal.reason}")
             fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
-        if _dense_bytes(trace) > DENSE_BYTES:
-            return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
+        if needed := over_limit("K", _rows(trace), trace.variables[0].dtype.itemsize):
+            analysis = unstructured(trace, "matrix-free", "minres", fallbacks)
+            return MatrixFreePlan(trace, replace(analysis, rejected=(("lu", needed),)))
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 
 
-def _dense_bytes(trace: Trace) -> int:
-    """Bytes of one sample's KKT matrix."""
+def not_compiled(reason: str) -> None:
+    """Warn that compile=True has no effect."""
+    warnings.warn(
+        f"compile=True: nothing is compiled, since no code is emitted: {reason}",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+def _rows(trace: Trace) -> int:
+    """Rows of one sample's KKT matrix."""
     size = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
     if trace.equality is not None:
         size += sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
-    return size * size * trace.variables[0].dtype.itemsize
+    return size
 
 
 def unstructured(trace: Trace, kind: str, solver: str, fallbacks: tuple[Fallback, ...]) -> Analysis:

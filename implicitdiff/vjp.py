@@ -16,13 +16,14 @@ from torch import Tensor
 from implicitdiff.autograd import Call
 from implicitdiff.autograd.call import undisturbed
 from implicitdiff.autograd.kkt import solve as kkt_solve
-from implicitdiff.derivatives import flat
+from implicitdiff.derivatives import eqn3, flat
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.errors import InputError, SolutionError
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind
 from implicitdiff.layer.inequalities import known_call, located
-from implicitdiff.layer.prepare import Options, Prepared, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import Prepared, prepare
 from implicitdiff.operators import LinearOperator
 from implicitdiff.optimizers.limited_forward import active_at
 from implicitdiff.plan import plan_for
@@ -69,7 +70,10 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
         else:
             call = prepared.call()
             solved = call.solve(call, theta, None)
-            matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, count)
+            lam = solved.multipliers or ()
+            if solved.factor is not None:
+                call.factors.keep(call.plan, solved.u, lam, theta, solved.factor)
+            matrices = _jacobians(call, solved.u, lam, theta, count)
     return _arranged(prepared, matrices)
 
 
@@ -202,23 +206,42 @@ class Derivatives:
     C_by_input: dict[str, Tensor]
     structured: Structured
 
+    @property
+    def Dy(self) -> Tensor:
+        """D_x u (m, n) by Eqn. 3, multiplied out: O((m + p)^3), for lessons; `jacobian` is the fast way."""
+        return eqn3.walk(self.A, self.B, self.C, self.H).Dy
+
     def __str__(self) -> str:
-        lines = []
-        for name, meaning, value in (
-            ("A", "D_u h", self.A),
-            ("B", "D_xu L", self.B),
-            ("C", "D_x h", self.C),
-            ("H", "D_uu L", self.H),
-            ("multipliers", "lambda'A = D_u f", self.multipliers),
-        ):
-            lines.append(f"{name} = {meaning}, {' x '.join(str(size) for size in value.shape)}")
-            if value.numel():
-                lines.append(_table(value))
+        lines = [self._sizes(), ""]
+        for name, meaning, value in self._given():
+            lines += [f"{name} = {meaning} {eqn3.shape(value)}", eqn3.matrix_text(value)]
         return "\n".join(lines)
 
     def show(self) -> None:
-        """Print all matrices."""
-        print(self)
+        """Print Eqn. 3 factor by factor, with the matrices of this point."""
+        walked = eqn3.walk(self.A, self.B, self.C, self.H)
+        lines = [f"Eqn. 3: {walked.equation}", "", str(self), "", "factor by factor"]
+        for factor in walked.factors:
+            lines.append(f"{factor.formula} {eqn3.shape(factor.value)}")
+            lines += [f"    ({factor.remark})"] if factor.remark else []
+            lines.append(eqn3.matrix_text(factor.value))
+        if walked.left_over is not None:
+            lines += ["", f"Dy keeps the constraints: |A Dy + C| = {walked.left_over:.1e}"]
+        print("\n".join(lines))
+
+    def _sizes(self) -> str:
+        inputs = ", ".join(f"{name} {value.shape[1]}" for name, value in self.B_by_input.items())
+        counts = f"m = {self.H.shape[0]} variables, n = {self.B.shape[1]} inputs ({inputs})"
+        return f"{counts}, p = {self.A.shape[0]} constraint{'s' * (self.A.shape[0] != 1)}"
+
+    def _given(self) -> list[tuple[str, str, Tensor]]:
+        constrained = [
+            ("A", "D_Y h", self.A),
+            ("C", "D_X h", self.C),
+            ("λ", "from λ'A = D_Y f", self.multipliers),
+        ]
+        free = [("B", "D_XY L", self.B), ("H", "D_YY L", self.H)]
+        return [*free, *constrained] if self.A.shape[0] else free
 
 
 def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
@@ -290,8 +313,3 @@ def _example(problem: Problem, u: Any, bound: Bound) -> Example:
                 f"and {like.dtype} (one sample, without batch axis)"
             )
     return example
-
-
-def _table(value: Tensor) -> str:
-    rows = value if value.dim() == 2 else value[None]
-    return "\n".join("    " + " ".join(f"{entry:10.4g}" for entry in row) for row in rows.tolist())

@@ -1,6 +1,7 @@
 """`compare`: right numbers in every column, and a row with a reason for each backward that cannot run."""
 
 import csv
+import dataclasses
 import io
 import sys
 
@@ -13,6 +14,7 @@ from implicitdiff.diagnostics import Comparison, Row, compare
 from implicitdiff.diagnostics.held import batch_first, held_at
 from implicitdiff.layer import DeclarativeLayer
 from implicitdiff.problems import OptimalTransport, RobustPooling
+from tests.figure_checks import complaints
 from tests.test_explain import Median, Portfolio
 
 EVERY = ("auto", "hand", "dense", "matrix-free", "unrolled", "approximate")
@@ -52,7 +54,7 @@ def test_text_and_verdict(pooling):
     assert text.startswith("backward passes of RobustPooling")
     assert max(map(len, text.splitlines())) <= 110
     assert all(name in text for name in EVERY)
-    for word in ("fastest: ", "least memory: ", "least error: "):
+    for word in ("needs the least memory", "has the smallest error"):
         assert word in pooling.verdict
     assert "not the gradient" not in pooling.verdict
 
@@ -66,11 +68,13 @@ def test_csv(pooling, tmp_path):
     assert int(rows[2]["peak"]) == pooling.rows[2].peak
 
 
-def test_plot(pooling, monkeypatch):
-    assert [panel.get_ylabel() for panel in pooling.plot().axes] == [
+def test_plot(pooling, monkeypatch, tmp_path):
+    assert complaints(pooling.plot(tmp_path / "plot.svg")) == []
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
+    assert [panel.get_xlabel() for panel in pooling.plot().axes] == [
         "time (s)",
         "peak memory (bytes)",
-        "relative error",
+        "error (relative)",
     ]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(idf.ImplicitDiffError, match="pip install matplotlib"):
@@ -123,7 +127,7 @@ def test_a_wrong_gradient_is_named():
     assert by_name(found)["approximate"].error > 1e-3
     assert not by_name(found)["approximate"].exact
     assert "not the gradient: approximate" in found.verdict
-    assert "fastest: auto" in found.verdict
+    assert found.verdict.startswith("auto is the fastest")
 
 
 def test_an_input_that_the_hand_leaves_out_is_no_error_of_the_rest():
@@ -206,11 +210,12 @@ def test_a_sweep_has_rows_for_each_setting():
     ]
     assert found.rows[6].bytes > found.rows[0].bytes
     assert len(found.verdict.splitlines()) == 4
-    assert found.verdict.startswith("n = 4, m = 3: fastest")
+    assert found.verdict.startswith("n = 4, m = 3: ")
     assert found.to_csv().startswith("n,m,backward,")
     assert "n = 9, m = 5" in str(found)
     # One line per backward and value of m.
     assert len(found.plot().axes[0].lines) == 4
+    assert complaints(found.plot()) == []
 
 
 def test_misuse_is_refused():
@@ -246,3 +251,50 @@ def test_a_held_problem_starts_from_the_given_point():
     assert held.eps is problem.eps
     assert type(held).__name__ == "Median"
     assert type(held_at(problem, solution)) is type(held)
+
+
+def test_a_sweep_over_the_example():
+    told = []
+    found = compare(
+        RobustPooling(),
+        sweep={"n": [4, 6]},
+        backwards=("auto",),
+        rounds=1,
+        advance=lambda done, total, what: told.append((done, total, what)),
+    )
+    assert [row.setting for row in found.rows] == [(("n", 4),), (("n", 6),)]
+    assert told == [(0, 2, "n = 4"), (1, 2, "n = 6")]
+    assert found.rows[1].bytes > found.rows[0].bytes
+    with pytest.raises(idf.OptionError, match="it takes batch, m, n"):
+        compare(RobustPooling(), sweep={"k": [4]})
+
+
+def test_without_inputs_the_example_is_taken():
+    problem = RobustPooling()
+    found = compare(problem, backwards=("auto",), rounds=1)
+    assert (
+        found.rows[0].bytes
+        == compare(problem, *problem.example(), backwards=("auto",), rounds=1).rows[0].bytes
+    )
+    with pytest.raises(idf.ProblemDefinitionError, match="declares no example"):
+        compare(Median(), backwards=("auto",))
+
+
+def test_the_verdict_is_a_sentence_about_clear_differences():
+    base = Row("hand", "", 1e-7, seconds=1.0, ratio=1.0, peak=10, bytes=1, flops=1, rounds=9)
+    fast = Row("auto", "lu", 1e-8, 0.5, 0.5, 8, 1, 1, rounds=9, ratio_low=0.4, ratio_high=0.6)
+    text = Comparison("P", (base, fast), "x").verdict
+    assert text == (
+        "auto is the fastest (0.5 of the time of hand, quartiles 0.4 to 0.6), needs the least memory (0.8 of the "
+        "peak of hand) and has the smallest error (1e-08)"
+    )
+    close = dataclasses.replace(fast, ratio=0.98, ratio_low=0.9, ratio_high=1.1, peak=20)
+    text = Comparison("P", (base, close), "x").verdict
+    assert text.startswith("auto and hand take about the same time; hand needs the least memory; auto has")
+
+
+def test_tables_fit_into_80_columns(pooling):
+    text = pooling.text(80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "±" in text
+    assert "±" not in pooling.text()

@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.autograd.shared import SharedFactor
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
@@ -47,6 +49,8 @@ class Solved(Protocol):
     def iterations(self) -> Tensor: ...
     @property
     def residual(self) -> Tensor: ...
+    @property
+    def factor(self) -> KKTFactor | None: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Call:
         records: the records open at the forward; the backward may run in another thread.
         vjp: the hand-written gradient, (call, u, v, theta) -> one gradient per theta or None; None for the automatic
             one.
+        kkt: what is done about K beside solving with it.
         factors: what the solves of this call share, also after folding.
     """
 
@@ -77,6 +82,7 @@ class Call:
     linear_solver: str = "auto"
     records: tuple[Record, ...] = ()
     vjp: Callable[[Call, Leaves, Leaves, Leaves], tuple[Tensor | None, ...]] | None = None
+    kkt: KKTOptions = PLAIN
     factors: SharedFactor = field(default_factory=SharedFactor, compare=False, repr=False)
 
     @property

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.active import active_of, held_multipliers, signs
 from implicitdiff.diagnostics.check_report import CheckReport, Rows
 from implicitdiff.diagnostics.declared import (
     Declared,
     double,
-    floating,
     gradient,
     jacobian,
     moving_names,
@@ -29,11 +29,19 @@ from implicitdiff.diagnostics.declared import (
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
-from implicitdiff.diagnostics.limits import active_of, held_multipliers, signs
-from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
+from implicitdiff.diagnostics.one_sided import one_sided
+from implicitdiff.diagnostics.reference import (
+    LIMIT,
+    Reference,
+    made_consistent,
+    polish,
+    relative_error,
+    worse,
+)
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
+from implicitdiff.records import record
 from implicitdiff.status import Status
 from implicitdiff.torch_private import pytree
 
@@ -54,8 +62,10 @@ def check(problem: Problem | DiscreteLayer | Solver, *inputs: Any, in_dims: Any 
     steps that make the solution exact for all that follows), "LICQ" (least over largest singular value of A
     with rows of length one), "second order" (least over largest eigenvalue of H along the constraints),
     "finite differences" of the solution map through the layer (one direction per input), "structured against
-    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. Signs
-    of inequality multipliers come with inequalities.
+    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. At a kink
+    (NOT_REGULAR) "one-sided derivatives" of <v, u> take the place of the last three: one direction d for each input,
+    the derivative along it from below and from above, and their difference as the value. Signs of inequality
+    multipliers come with inequalities.
 
     Args:
         problem: The declared problem, a `DiscreteLayer`, or a discrete solver (with Identity).
@@ -191,7 +201,7 @@ def _derivatives(
             f"m + p = {declared.size + declared.constraints} is more than {LIMIT}: try smaller inputs",
         )
         return
-    inputs = _made_consistent(inputs, Reference(declared))
+    inputs = made_consistent(inputs, Reference(declared))
     declared = Declared(twin, inputs, in_dims, solution.u, active)
     u, step = polish(declared)
     rows.upper("refined in float64", step, 1e-8)
@@ -207,11 +217,15 @@ def _derivatives(
     if not wanted:
         rows.not_run("gradients", "no input is floating and no Parameter requires a gradient")
         return
-    try:
-        found = _layer_gradients(held, moved, in_dims, v, wanted)
-    except ImplicitDiffError as error:
-        rows.failed("gradient through the layer", error)
-        return
+    with record() as log:
+        try:
+            found = _layer_gradients(held, moved, in_dims, v, wanted)
+        except ImplicitDiffError as error:
+            rows.failed("gradient through the layer", error)
+            if any(event.kind == Status.NOT_REGULAR.name for event in log):
+                for name, below, above in one_sided(twin, inputs, in_dims, u, v):
+                    rows.one_sided(name, below, above)
+            return
     by_leaf = iter(found)
     gradients = [next(by_leaf) if t.requires_grad else torch.zeros_like(t) for t in declared.moving]
     for name, value, remark in directional(twin, inputs, in_dims, u, v, gradients, null):
@@ -223,12 +237,6 @@ def _derivatives(
     rows.upper("structured against dense", relative_error(gradients, truth, null), GRADIENT_TOLERANCE)
     if problem.declares("vjp"):
         _own_vjp(rows, twin, u, v, inputs, in_dims, truth, null, planned)
-
-
-def _made_consistent(inputs: Sequence[Any], reference: Reference) -> tuple[Any, ...]:
-    """The inputs, moved by what float32 rounding made dependent constraints inconsistent by."""
-    change = iter(reference.consistency())
-    return tuple(pytree.tree_map(lambda leaf: leaf + next(change) if floating(leaf) else leaf, tuple(inputs)))
 
 
 def _regularity(rows: Rows, reference: Reference, planned: Planned) -> None:

@@ -19,7 +19,8 @@ from implicitdiff.graph.active import default_masks
 from implicitdiff.graph.trace import variable_example
 from implicitdiff.inputs import Bound, bind
 from implicitdiff.layer.discover import solved_example
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.plan import Plan, plan_for
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree

@@ -36,7 +36,7 @@ def active_of(problem: Problem, solution: Solution, unbatched: bool) -> ActiveRo
     if not (problem.declares("inequality") or problem.declares("bounds")):
         return None
     u = _flat(solution.u, unbatched)
-    none = torch.zeros_like(u[:, :0], dtype=torch.bool)
+    none = torch.zeros(u.shape[0], 0, dtype=torch.bool, device=u.device)
     free = torch.zeros_like(u, dtype=torch.bool)
     rows = (
         none

@@ -103,7 +103,7 @@ def identifiers(names: list[str]) -> list[str]:
     """The placeholders' names as distinct Python identifiers that no name of the emitted code shadows."""
     out: list[str] = []
     for name in names:
-        clean = "".join(c if c.isalnum() else "_" for c in name.removeprefix("self.")).strip("_") or "value"
+        clean = re.sub(r"[\W_]+", "_", name.removeprefix("self."), flags=re.ASCII).strip("_") or "value"
         if clean[0].isdigit() or keyword.iskeyword(clean) or RESERVED.fullmatch(clean):
             clean = f"{clean}_in" if not clean[0].isdigit() else f"in_{clean}"
         candidate, k = clean, 2

@@ -21,65 +21,32 @@ from implicitdiff.autograd.call import Solved
 from implicitdiff.autograd.opaque import CALLS, CAPTURED
 from implicitdiff.errors import (
     InputError,
-    OptionError,
     ProblemDefinitionError,
     SolutionError,
     StaleGraphError,
 )
-from implicitdiff.failures import filled, validate_policy
+from implicitdiff.failures import filled
 from implicitdiff.graph.skeleton import skeleton
 from implicitdiff.graph.trace import Example, variable_example
-from implicitdiff.inputs import Bound, InDims, bind, check_finite
+from implicitdiff.inputs import Bound, bind, check_finite
 from implicitdiff.layer.discover import solved_example
 from implicitdiff.layer.hand import hand_vjp
-from implicitdiff.optimality import tolerance
+from implicitdiff.layer.options import Options
 from implicitdiff.optimizers.forward import solve_forward
-from implicitdiff.plan import Plan, check_options, plan_for, with_batched
+from implicitdiff.plan import Plan, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import Spec, flatten_like, unflatten
 from implicitdiff.records import open_records
-from implicitdiff.torch_private import autocast_enabled, is_recorded, pytree, without_saved_tensor_hooks
+from implicitdiff.torch_private import (
+    autocast_anywhere,
+    autocast_enabled,
+    is_recorded,
+    pytree,
+    without_saved_tensor_hooks,
+)
 
 Leaves = tuple[Tensor, ...]
-TIES = ("inactive", "active", "average")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a layer; `DeclarativeLayer.__init__` says what each means."""
-
-    in_dims: InDims = 0
-    optimizer: Any = None
-    linear_solver: str = "auto"
-    backward: str = "auto"
-    on_failure: str = "raise"
-    optimality_tol: float | None = None
-    tie: str = "inactive"
-
-    def check(self, problem: Problem) -> None:
-        """Raise for a value that does not exist, or that this problem does not support."""
-        check_options(self.backward, self.linear_solver)
-        validate_policy(self.on_failure)
-        tolerance(torch.float64, self.optimality_tol)
-        if self.tie not in TIES:
-            raise OptionError(f"tie={self.tie!r} does not exist; choose one of {', '.join(TIES)}")
-        if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):
-            raise OptionError(
-                f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
-                "Newton(), or None"
-            )
-        if self.backward == "hand" and not problem.declares("vjp"):
-            raise ProblemDefinitionError(
-                f"backward='hand' needs {type(problem).__name__} to declare vjp(self, u, v, *inputs); "
-                "declare it or use backward='auto'"
-            )
-
-    def shown(self) -> str:
-        """`name=value` of every option that is not the default."""
-        return ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
-        )
 
 
 @dataclass(frozen=True)
@@ -281,6 +248,7 @@ def make_call(
         name=type(problem).__name__,
         backward=options.backward,
         linear_solver=options.linear_solver,
+        kkt=options.kkt,
         records=open_records(),
         vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
     )
@@ -344,7 +312,13 @@ def prepare(
 
 def _plan(problem: Problem, bound: Bound, example: Example, options: Options, backward: str) -> Plan:
     return plan_for(
-        problem, bound, example.leaves, example.spec, backward=backward, linear_solver=options.linear_solver
+        problem,
+        bound,
+        example.leaves,
+        example.spec,
+        backward=backward,
+        linear_solver=options.linear_solver,
+        compiled=options.compile,
     )
 
 
@@ -354,6 +328,8 @@ def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype
     Inputs that are all float64 stay, as torch's own casts leave them. u goes back to the inputs' common half
     precision; where they differ it stays float32.
     """
+    if not autocast_anywhere():
+        return tuple(inputs), None
     leaves, spec = pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors or not autocast_enabled(tensors[0].device.type):

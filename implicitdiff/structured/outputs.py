@@ -14,9 +14,11 @@ import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import Output, call
-from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
+from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
+from implicitdiff.memory import over_limit
 from implicitdiff.structure import banded
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
@@ -78,7 +80,7 @@ class Recipes:
         solver = SymbolicKKT(declared, form, "auto", self.dtype, identity=True)
         lam, status = solver.least_squares(declared.gradient(declared.program.objective, declared.space.rows))
         outputs = [Output(c.name, ref, c.labels) for c, ref in zip(declared.constraints, lam, strict=True)]
-        return Recipe([*outputs, self._status([status], lam)], lam)
+        return Recipe([*outputs, self.verdict(status, lam)], lam)
 
     # ---------------------------------------------------------------- the KKT system
 
@@ -119,6 +121,13 @@ class Recipes:
         )
 
     @cached_property
+    def linear(self) -> bool:
+        """Whether A = D_u h does not depend on u."""
+        own = {leaf.node.id for leaf in self.declared.variables}
+        rows = [term.coefficient.node for c in self.declared.constraints for term in c.terms]
+        return not any(node.id in own for node in reachable(rows))
+
+    @cached_property
     def anchor(self) -> Anchor | None:
         """H + rho A'A, where H is banded and constraints of few neighbours keep it so (u[0] = a).
 
@@ -142,6 +151,12 @@ class Recipes:
         return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
 
     @cached_property
+    def whole_is_too_large(self) -> bool:
+        """Whether K as one matrix is above the memory limit: then nothing comes after the other ways."""
+        size = self.declared.space.size + self.declared.constraint_space.size
+        return bool(over_limit("K", size, self.dtype.itemsize))
+
+    @cached_property
     def first(self) -> Way:
         """The way that is tried first: an H of differences alone is not tried, since it is singular most likely."""
         if self.anchor is None or any(not term.has_places for term in self.declared.hessian_terms):
@@ -157,15 +172,16 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self._status(status, [*w, *s], STACKED)]
-        return Recipe(outputs, [*s, *w], self._factors(kkt) if given else {})
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, s or w, STACKED)]
+        return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
         """The factorisation that a solve with `given` takes: one object, or nothing where H is only divided by."""
-        found = self._factors(self._solver(way, shifted=shifted))
+        found = self.factors(self._solver(way, shifted=shifted))
         return Recipe([Output(name, ref, (), prefix=-1) for name, ref in found.items()], [])
 
-    def _factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+    def factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+        """The factorisation that a solve works with, by its name; empty where H is only divided by."""
         ref = kkt.factor()
         return {} if ref is None else {ref.node.data[-1]: ref}
 
@@ -187,7 +203,7 @@ class Recipes:
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
         return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
 
-    def _status(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
+    def verdict(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""
         labelled = [ref for ref in answers if ref.node.prefix >= prefix]
         if not status:
@@ -231,10 +247,13 @@ class Recipes:
         sign = -1.0 if on_h else 1.0
         b = [build.scale(sign, ref) if with_lam else build.number(0.0) for ref in on_h]
         w, s, status = kkt.solve([build.scale(sign, ref) for ref in on_u], b, BATCHED)
-        held_w = [
-            build.hold(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
+        # a number in front of w is left outside, where it may meet others or a smaller tensor
+        apart = [
+            self._without_number(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
             for k, (ref, leaf) in enumerate(zip(w, declared.variables, strict=True))
         ]
+        bare_w = [build.hold(ref) for _, ref in apart]
+        held_w = [build.scale(number, ref) for (number, _), ref in zip(apart, bare_w, strict=True)]
         held_s = [build.hold(ref) for ref in s]
         gradients = declared.input_gradients(held_w, held_s)
         zeros = [] if with_lam else self._feasible_sums(held_w)
@@ -251,9 +270,36 @@ class Recipes:
             outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
-        first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
-        verdict = self._status(status, [*held_w, *held_s], BATCHED)
-        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {})
+        first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
+        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
+        steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
+        return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
+
+    def _without_number(self, ref: Ref) -> tuple[float, Ref]:
+        """(number, ref / number): the coefficient of a product and its factors."""
+        number, factors = self.build.split(ref)
+        return (number, self.build.mul(factors)) if factors and number != 0.0 else (1.0, ref)
+
+    def _steps(
+        self, outputs: Sequence[Output], w: Sequence[Ref], s: Sequence[Ref], numbers: Sequence[float]
+    ) -> list[tuple[Ref, Step]]:
+        """What the gradients are, w and s pulled back to the inputs; what w and s are where they are no gradients."""
+        constrained = bool(self.declared.constraints)
+        text = "w' d2L/du d{0} - s' dh/d{0}" if constrained else "-w' d2f/du d{0}"
+        shared = {leaf.name for leaf in self.declared.theta if not leaf.placeholder.batched}
+        steps = []
+        for o in outputs:
+            summed = ", summed over the batch" if o.name in shared else ""
+            equation = f"gradient of {o.name}: {text.format(o.name)}{summed}"
+            steps.append((o.ref, Step(f"grad_{o.name}", equation)))
+        solved = "H w = A's - v" if constrained else "H w = v"
+        for refs, stem, equation in ((w, "w", solved), (s, "s", "S s = A H^-1 v")):
+            for k, ref in enumerate(refs):
+                part = "" if len(refs) == 1 else ", a part"
+                if refs is w and numbers[k] != 1.0:
+                    part += f", w divided by {numbers[k]:g}"
+                steps.append((ref, Step(stem if len(refs) == 1 else f"{stem}{k}", equation + part)))
+        return steps
 
     def _signed(self, ref: Ref, sign: float) -> Ref:
         """+-ref; a sum takes the sign in its terms."""

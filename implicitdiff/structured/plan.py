@@ -7,8 +7,6 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,23 +17,25 @@ from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.factor import KKTFactor, Solution
 from implicitdiff.derivatives.stationarity import Stationarity
-from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.graph import rules
 from implicitdiff.graph.trace import Trace
 from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
-from implicitdiff.status import Status
+from implicitdiff.status import Status, all_ok, is_all_ok
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
-from implicitdiff.structured import merge
+from implicitdiff.structured import edges, merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
+from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
-from implicitdiff.structured.probe import Probe
+from implicitdiff.structured.probe import Probe, warn_of_a_contradiction
 from implicitdiff.structured.report import report
 from implicitdiff.structured.run import Run
 from implicitdiff.structured.writer import Writer, Written
+
+Values = Callable[[], Mapping[str, Tensor]]
 
 assert rules.__all__  # importing the package is what registers the translation rules
 
@@ -51,7 +51,13 @@ class StructuredPlan:
     """
 
     def __init__(
-        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+        self,
+        trace: Trace,
+        linear_solver: str,
+        dense: AutodiffPlan,
+        shown: Sequence[bool] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
         """Derives everything.
 
@@ -60,6 +66,7 @@ class StructuredPlan:
             linear_solver: the layer's option.
             dense: the plan to fall back on.
             shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
+            compiled: whether the emitted functions go through torch.compile.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -75,7 +82,7 @@ class StructuredPlan:
         self.arguments = self.recipes.arguments
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
-        self.writer = Writer(self.arguments, program.constants, null)
+        self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         self.probe = Probe(self.recipes, self.writer, dense)
         floating = [leaf.placeholder.moves for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
@@ -85,12 +92,12 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(
-            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
-        )
+        source = module(code.emitted.source, self.writer.namespace)
+        anchored = self.recipes.first == "anchored"
+        self.analysis: Analysis = report(declared, form, route, source, anchored=anchored)
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
-        self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
+        self._runs: dict[tuple[Way, tuple[bool, ...], bool, bool], Run] = {}
 
     # ---------------------------------------------------------------- the point
 
@@ -99,7 +106,7 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            inside = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(edges.off_zero(u), (), theta))[0]
             found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
@@ -133,9 +140,10 @@ class StructuredPlan:
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
         found = self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
-        bad = self._verdicts(out[-1], batch, u[0].device) != Status.OK
-        if not bool(bad.any()):
+        status = self._verdicts(out[-1], batch, u[0].device)
+        if is_all_ok(status) or not bool(status.any()):
             return found
+        bad = status != Status.OK
         mended = self.dense.multipliers(u, theta)  # for the bad samples: the others keep their bits
         return tuple(
             torch.where(bad.reshape(-1, *(1,) * (mine.dim() - 1)), theirs, mine)
@@ -148,15 +156,20 @@ class StructuredPlan:
         self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
     ) -> Solution:
         """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
         return self._solved(self._point(u, lam, theta, shift), rhs_u, rhs_h)
 
     def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
         """K factored, by the same code as that of `kkt_solve`, cut in two."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.kkt_factor(u, lam, theta, shift)
         return StructuredFactor(self._point(u, lam, theta, shift), self._factors, self._solved)
+
+    def factored(self, u: Leaves, lam: Leaves, theta: Leaves, made: Given) -> StructuredFactor:
+        """K at a point, by a factorisation along the first way that was made elsewhere."""
+        point = self._point(u, lam, theta, None)
+        return StructuredFactor(point, self._factors, self._solved, _made={self.recipes.first: made})
 
     def _point(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None) -> dict[str, Tensor]:
         values = self.arguments.point(u, lam, theta)
@@ -177,23 +190,13 @@ class StructuredPlan:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
             verdict = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
-            return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
+            return merge.Attempt(self.arguments.pair(out, rhs_u[0].shape[:2]), verdict, function, out)
 
-        answer, status = self._settled(attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1))
+        answer, status = self._settled(
+            attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1), lambda: point
+        )
         count = len(self.declared.variables)
         return answer[:count], answer[count:], status
-
-    def _pair(self, out: tuple[Any, ...], lead: torch.Size) -> Leaves:
-        """(*w, *s) with their leading axes (R, B), from the results of `kkt_solve`."""
-        count = len(self.declared.variables)
-        w = tuple(
-            x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
-            for x, leaf in zip(out[:count], self.declared.variables, strict=True)
-        )
-        s = self.arguments.joined(
-            [b.expand(*lead, *b.shape[2:]) for b in out[count : count + len(self.declared.constraints)]], 2
-        )
-        return (*w, *s)
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
         return self.writer.function(
@@ -219,19 +222,24 @@ class StructuredPlan:
         self,
         attempt: Callable[[Way], merge.Attempt[merge.A]],
         mend: Callable[[Tensor, merge.A, merge.A], merge.A],
+        values: Values,
     ) -> tuple[merge.A, Tensor]:
         """The answer and the status along the ways; each sample keeps that of the first way that served it."""
         tried = attempt(self.recipes.first)
         answer, status = tried.answer, tried.status
-        further = self._next(self.recipes.first, tried, status)
+        further = self._next(self.recipes.first, tried, status, values)
         while further is not None:
-            way, redo = further
+            way, redo, status = further
+            if way is None:
+                break
             tried = attempt(way)
             answer, status = mend(redo, tried.answer, answer), torch.where(redo, tried.status, status)
-            further = self._next(way, tried, status)
+            further = self._next(way, tried, status, values)
         return answer, status
 
-    def _next(self, way: Way, tried: merge.Attempt[merge.A], status: Tensor) -> tuple[Way, Tensor] | None:
+    def _next(
+        self, way: Way, tried: merge.Attempt[merge.A], status: Tensor, values: Values
+    ) -> tuple[Way | None, Tensor, Tensor] | None:
         """What to try after `way`, and for which samples (B,); the others keep what they have.
 
         Refinements where digits cancelled, K as one matrix where H or S is singular: a singular H with a regular K, and
@@ -242,19 +250,27 @@ class StructuredPlan:
         if len(found) > 1 and found[-2] == "cancelled":
             cancelled = merge.flagged(tried.out[-2], len(status), status)
             if cancelled is not None:
-                return "refined", cancelled
+                return "refined", cancelled, status
+        if is_all_ok(status):
+            return None
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
-        singular = status == Status.SINGULAR
-        if not bool(singular.any()):
-            return None
-        return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
+        # on an active set what S was divided by may be 0, and then there is no answer to absolve
+        if self.recipes.kkt.route.name == "range-space" and way != "full" and not self.trace.masks:
+            status = merge.absolved(
+                status, tried.status, lambda: self._hessian(values()), self.recipes.linear
+            )
+        singular = merge.unsolved(status, self.declared)
+        if singular is None or self.recipes.whole_is_too_large:
+            return None, status, status
+        anchored = way == "route" and self.recipes.anchor is not None
+        return ("anchored" if anchored else "full"), singular, status
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
-        if isinstance(status, Tensor) and status.dtype == torch.int8:
+        if isinstance(status, Tensor) and status.dtype == torch.int8 and not is_all_ok(status):
             return status.expand(batch)
-        return torch.zeros(batch, dtype=torch.int8, device=device)
+        return all_ok(batch, device)
 
     # ---------------------------------------------------------------- the backward pass
 
@@ -269,7 +285,7 @@ class StructuredPlan:
         factor: KKTFactor | None = None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """A gradient per theta that needs one, and the status of each sample."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.vjp(u, lam, theta, v_u, v_lam, needs, factor)
         given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         if isinstance(factor, StructuredFactor):
@@ -281,43 +297,44 @@ class StructuredPlan:
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
-            if run.function.fragile and self._lost(run.function, out, u):
-                out = run.call((_off_zero(u), *given[1:]))
+            if run.function.fragile and edges.lost(run.function, out, u):
+                out = run.call((edges.off_zero(u), *given[1:]))
             verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
-        return self._settled(attempt, self._merged)
+        return self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
 
     def _pulled(
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
     ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
         """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
-        u, lam, theta, v_u, v_lam = given
-        values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("v", "v_lam", v_u, v_lam)}
+        u, lam, theta, *_ = given
         moved = False
 
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             nonlocal moved
-            function, places = self._placed(way, needs, with_lam, given=True)
-            out = function({**values, **factor.given(way)})
-            moved = moved or bool(function.fragile and self._lost(function, out, u))
+            run = self._run(way, needs, with_lam, given=True)
+            out = run.call((*given, tuple(factor.given(way).values())))
+            moved = moved or bool(run.function.fragile and edges.lost(run.function, out, u))
             verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
-            return merge.Attempt(Run(function, (), places).gradients(out, theta), verdict, function, out)
+            return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
-        found = self._settled(attempt, self._merged)
+        found = self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
         return None if moved else found
 
     def _merged(self, redo: Tensor, new: merge.Gradients, old: merge.Gradients) -> merge.Gradients:
         return merge.merged_gradients(redo, new, old, self._batched)
 
-    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> Run:
+    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool, given: bool = False) -> Run:
         """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
-        found = self._runs.get((way, needs, with_lam))
+        found = self._runs.get((way, needs, with_lam, given))
         if found is None:
-            function, places = self._placed(way, needs, with_lam, given=False)
+            function, places = self._placed(way, needs, with_lam, given=given)
             sources = self.arguments.sources("v", "v_lam")
+            objects = [name for name in function.arguments if name not in sources]
+            sources |= {name: (5, k) for k, name in enumerate(objects)}  # factorisations that are given
             found = Run(function, tuple(sources[name] for name in function.arguments), places)
-            self._runs[way, needs, with_lam] = found
+            self._runs[way, needs, with_lam, given] = found
         return found
 
     def _placed(
@@ -344,39 +361,29 @@ class StructuredPlan:
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 
-    def _lost(self, function: Written, out: Sequence[Any], u: Leaves) -> bool:
-        """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
-
-        The large gradients are not read again: they have the pattern of w, which is 0 there.
-        """
-        for name, value in zip(function.emitted.results, out, strict=True):
-            small = name in function.fragile and value.is_floating_point() and value.numel() < u[0].numel()
-            # a sum that overflows costs a second run, nothing else
-            if small and not math.isfinite(float(value.sum())):
-                return True
-        return False
-
     # ---------------------------------------------------------------- the probe
 
-    def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
+    probed = property(
+        lambda self: self._contradiction is False, doc="Whether the structure was compared, and agreed."
+    )
+
+    def contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
         """Whether the product tested on the first call with data differs from automatic differentiation."""
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self.probe(u, lam, theta))
             if self._contradiction:
-                warnings.warn(
-                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
-                    "differentiation; the dense path is taken instead. Please report this as a bug, with the problem.",
-                    StructureMismatchWarning,
-                    stacklevel=2,
-                )
+                warn_of_a_contradiction(self.analysis.hessian.kind)
         return bool(self._contradiction)
 
     # ---------------------------------------------------------------- the matrices
 
     def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
         """H = D_uu L, of the kind that was proved."""
+        return self._hessian(self.arguments.point(u, lam, theta))
+
+    def _hessian(self, values: Mapping[str, Tensor]) -> LinearOperator:
         function = self.writer.function("hessian", "hessian", "H = D_uu L", self.recipes.hessian)
-        found = function(self.arguments.point(u, lam, theta))[0]
+        found = function(values)[0]
         assert isinstance(found, LinearOperator)
         return found
 
@@ -387,14 +394,4 @@ class StructuredPlan:
             return u[0].new_zeros((batch, 0, self.declared.space.size))
         function = self.writer.function("jacobian", "constraint_jacobian", "A = D_u h", self.recipes.jacobian)
         rows: Tensor = function(self.arguments.point(u, (), theta))[0].expand(batch, -1, -1)
-        space, numbers, start = self.declared.constraint_space, [], 0
-        for k in range(len(space.names)):
-            numbers.append(torch.arange(start, start + space.entries(k), device=rows.device)[None])
-            start += space.entries(k)
-        order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
-        return rows[:, order]
-
-
-def _off_zero(u: Leaves) -> Leaves:
-    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
-    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)
+        return rows[:, self.arguments.constraint_order(rows.device)]
