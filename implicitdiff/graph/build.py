@@ -390,9 +390,9 @@ class Builder:
 
     def hold(self, ref: Ref) -> Ref:
         """The same value, opaque: a constant for differentiation, and not expanded into sums above it."""
-        return (
-            ref if ref.node.op == "call" else self.make("hold", None, [ref], ref.labels, leaves=frozenset())
-        )
+        if ref.node.op == "call" or self.as_number(ref) is not None:
+            return ref
+        return self.make("hold", None, [ref], ref.labels, leaves=frozenset())
 
     def eye(self, a: Label, b: Label, name: str | None = None) -> Ref:
         """The identity matrix over two labels of equal size; one that the user made has a name."""

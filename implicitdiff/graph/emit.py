@@ -6,6 +6,7 @@ leaves and single uses are written inline; a buffer is deleted after its last us
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,14 +248,14 @@ class Emitter:
         return text
 
     def _entries(self, labels: Sequence[Label]) -> int:
-        out = 1
-        for label in labels:
-            out *= self.build.labels.sizes[label]
-        return out
+        return math.prod(self.build.labels.sizes[label] for label in labels)
 
     def _emit_add(self, node: Node) -> Variable:
         constant, coefficients = node.data
         terms = sorted(zip(coefficients, node.args, strict=True), key=lambda t: t[0] != 1.0)
+        if coefficients == (0.5, 0.5) and not constant and terms[0][1].node is terms[1][1].node:
+            both = ", ".join(self.text(ref, node.axes) for _, ref in terms)
+            return self.store(node, f"saddle.symmetric_part({both})", node.axes)
         text = ""
         for coefficient, ref in terms:
             part = self.text(ref, node.axes)
@@ -264,8 +265,7 @@ class Emitter:
                 text = f"{text} {'+' if coefficient > 0 else '-'} {part}"
             else:
                 text = f"torch.add({text}, {part}, alpha={literal(coefficient)})"
-        if constant:
-            text = f"{text} {'+' if constant > 0 else '-'} {literal(abs(constant))}"
+        text += f" {'+' if constant > 0 else '-'} {literal(abs(constant))}" if constant else ""
         return self.store(node, text, node.axes)
 
     def _emit_fn(self, node: Node) -> Variable:

@@ -26,7 +26,7 @@ IN_PLACE: dict[type[ast.operator], str] = {
 }
 ENTRYWISE = frozenset("rsqrt sqrt square reciprocal pow exp log log1p abs tanh sigmoid sin cos".split())
 OBJECTS = ("operators.", "solvers.", "saddle.FullKKT", "saddle.RangeSpace", "entries.")
-VIEWS = frozenset("expand squeeze unflatten flatten reshape permute to matrix einsum".split())
+VIEWS = frozenset("expand squeeze unflatten flatten reshape permute to matrix einsum symmetric_part".split())
 """Methods and functions whose result may share memory with what they are given."""
 
 
