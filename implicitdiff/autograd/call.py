@@ -17,6 +17,7 @@ from torch import Tensor
 
 from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.autograd.shared import SharedFactor
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
@@ -48,6 +49,8 @@ class Solved(Protocol):
     def iterations(self) -> Tensor: ...
     @property
     def residual(self) -> Tensor: ...
+    @property
+    def factor(self) -> KKTFactor | None: ...
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ from implicitdiff.operators import (
     Block,
     BlockDiagonal,
     Diagonal,
+    GroupedLowRank,
     Kronecker,
     LinearOperator,
     LowRankPlusDiagonal,
+    LowRankUpdate,
     MatrixFree,
     ScaledIdentity,
+    Sparse,
     Zero,
 )
 from implicitdiff.solvers.banded_cholesky import BandedCholesky
@@ -31,6 +34,7 @@ from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.schur import Schur
 from implicitdiff.solvers.schur_cg import SchurConjugateGradients
+from implicitdiff.solvers.sparse_lu import SparseLU
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
@@ -42,6 +46,7 @@ SOLVERS: dict[str, LinearSolver] = {
         Tridiagonal(),
         BandedCholesky(),
         KroneckerSolver(),
+        SparseLU(),
         Woodbury(),
         Cholesky(),
         LU(),
@@ -56,7 +61,6 @@ SOLVERS: dict[str, LinearSolver] = {
 PLANNED: tuple[str, ...] = (
     "minres",
     "gmres",
-    "sparse-lu",
 )
 """Names of the contract that are not built yet."""
 
@@ -103,6 +107,21 @@ def _for_products_of_factors(operator: Kronecker) -> tuple[str, ...]:
 @candidates.register
 def _for_bands(operator: Banded) -> tuple[str, ...]:
     return ("tridiagonal", "banded-cholesky", "cholesky", "lu")
+
+
+@candidates.register
+def _for_patterns(operator: Sparse) -> tuple[str, ...]:
+    return ("sparse-lu", "cholesky", "lu")
+
+
+@candidates.register
+def _for_grouped(operator: GroupedLowRank) -> tuple[str, ...]:
+    return ("woodbury", "block-cholesky")
+
+
+@candidates.register
+def _for_sums(operator: LowRankUpdate) -> tuple[str, ...]:
+    return ("woodbury", "cholesky", "lu")
 
 
 @candidates.register
@@ -171,7 +190,7 @@ def choose(
     best, cost = min(possible, key=lambda entry: entry[1].seconds)
     for name, other in possible:
         if name != best:
-            ratio = other.seconds / cost.seconds
+            ratio = other.seconds / max(cost.seconds, 1e-9)  # a batch of 0 costs nothing
             rejected.append((name, f"predicted to take {ratio:.1f} times as long as {best}"))
     order = candidates(operator)
     rejected.sort(key=lambda entry: order.index(entry[0]))
