@@ -63,7 +63,7 @@ def train(method: Method, seed: int, quick: bool) -> Run:
     generator = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(len(images), generator=generator, device=images.device)]
     epochs, count = (2, 200) if quick else (EPOCHS, TRAINING)
-    training, test = images[:count], images[TRAINING:]
+    training, test = images[:count], images[TRAINING : TRAINING + 60 if quick else None]
     net, applied = AutoEncoder(), Applied(method, SubsetSelection(SIZE, ONES), seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=RATE)
     watch = Watch(applied)
