@@ -126,8 +126,8 @@ FAMILY = Family(
     train=train,
     published={
         "Identity, P_std": "best curve, below I-MLE",
-        "Identity, P_norm": "between",
-        "Identity, P_mean": "far above P_norm",
+        "Identity, P_norm": "much better than P_mean",
+        "Identity, P_mean": "much worse than P_norm",
         "Identity": "bad, with SGD too",
         "I-MLE 10": "above Identity P_std",
     },
