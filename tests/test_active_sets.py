@@ -241,3 +241,48 @@ def test_values_have_second_derivatives() -> None:
     q = torch.tensor([[0.4, -0.7, 1.2]], dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: idf.solve(Positive(), x).value, q, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: idf.solve(Positive(), x).value, q)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        idf.optimizers.InteriorPoint(),
+        idf.optimizers.SciPy(),
+        idf.optimizers.SciPy("trust-constr"),
+        idf.optimizers.ProjectedGradient(),
+    ],
+)
+def test_every_optimizer_for_bounds_finds_the_same_point(optimizer) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 9, generator=generator, dtype=F64)
+    high = 0.1 * torch.rand(2, 3, generator=generator, dtype=F64)
+    expected = idf.solve(Squeezed(), x, high)
+    found = idf.solve(Squeezed(), x, high, optimizer=optimizer)
+    assert found.status.tolist() == [0, 0]
+    assert torch.allclose(found.u, expected.u, rtol=0, atol=1e-10)
+
+
+def test_an_optimizer_that_knows_no_inequalities_is_refused() -> None:
+    q = torch.zeros(2, 3, dtype=F64)
+    with pytest.raises(idf.OptionError, match="knows neither inequalities nor bounds"):
+        idf.solve(Positive(), q, optimizer=idf.optimizers.LBFGS())
+    with pytest.raises(idf.OptionError, match="takes bounds alone"):
+        idf.solve(PositiveRow(), q, optimizer=idf.optimizers.ProjectedGradient())
+    with pytest.raises(idf.OptionError, match="does not take the constraints"):
+        idf.solve(PositiveRow(), q, optimizer=idf.optimizers.SciPy("L-BFGS-B"))
+
+
+def test_bounds_that_do_not_fit_are_named() -> None:
+    class Odd(Positive):
+        def bounds(self, q):
+            return torch.zeros(2, dtype=F64), None
+
+    class Alone(Positive):
+        def bounds(self, q):
+            return 0.0
+
+    q = torch.zeros(2, 3, dtype=F64)
+    with pytest.raises(idf.ProblemDefinitionError, match=r"lower bound of u in Odd.bounds has shape \(2,\)"):
+        idf.solve(Odd(), q)
+    with pytest.raises(idf.ProblemDefinitionError, match="no pair"):
+        idf.solve(Alone(), q)

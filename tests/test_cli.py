@@ -134,7 +134,9 @@ def test_explain_as_text_json_code_and_latex() -> None:
     assert found["hessian"]["kind"] == "diagonal"
     assert found["hessian"]["shape"] == [35, 35]
     assert found["schur"]["kind"] == "block"
-    assert run("explain", "robust-pooling", "--code").output.startswith("def backward(")
+    code = run("explain", "robust-pooling", "--code").output
+    assert "\ndef backward(" in f"\n{code}"
+    compile(code, "emitted", "exec")
     assert run("explain", "robust-pooling", "--latex").output.startswith(r"\begin{align*}")
     assert "--code and --latex" in run("explain", "robust-pooling", "--code", "--latex", code=2).output
 

@@ -13,7 +13,6 @@ from implicitdiff.experiments.identity import FAMILIES, reproduce_identity
 from implicitdiff.experiments.identity.applied import Applied, Method, identity, other
 from implicitdiff.experiments.identity.families.retrieval import ranking_loss
 from implicitdiff.experiments.identity.family import run_family
-from implicitdiff.experiments.identity.figures import save_collapse
 from implicitdiff.experiments.identity.report import page, verdicts
 from implicitdiff.experiments.identity.results import Run, Spread, Summary
 from implicitdiff.experiments.identity.store import read_runs, write_runs
@@ -72,9 +71,6 @@ def test_files_page_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert text.count("Not run.") == len(FAMILIES) - 1
     assert "±" in text
-    svg = (tmp_path / "collapse-globe.svg").read_text(encoding="utf-8")
-    written = save_collapse(FAMILIES["globe"], read_runs(tmp_path, "globe") or Summary(()), tmp_path)
-    assert written[0].read_text(encoding="utf-8") == svg, "the same numbers give the same figure"
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def test_a_box_is_a_clamp_to_second_order_in_every_mode() -> None:
     layer = idf.DeclarativeLayer(Box(), in_dims=(0, 0, None))
     u, expected = layer(q, low, high), q.clamp(low, high)
     assert torch.allclose(u, expected, rtol=0, atol=1e-12)
-    assert torch.autograd.gradcheck(layer, (q, low, high), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda *x: layer(*x).pow(3), (q, low, high), fast_mode=True)
+    assert torch.autograd.gradcheck(layer, (q, low, high), check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: layer(*x).pow(3), (q[:1], low[:1], high), fast_mode=True)
     one = idf.DeclarativeLayer(Box(), in_dims=None)
     for transform in (torch.func.jacrev, torch.func.jacfwd):
         rows = torch.func.vmap(transform(one), in_dims=(0, 0, None))(q, low, high)
@@ -165,3 +165,41 @@ def test_an_inactive_inequality_changes_no_bit_of_a_gradient() -> None:
     slack = torch.autograd.grad(idf.DeclarativeLayer(Slack())(q, low, high).pow(2).sum(), q)[0]
     assert torch.allclose(plain, slack, rtol=0, atol=1e-14)
     assert (plain == 0).any()
+
+
+def test_two_hundred_programs_in_one_batch() -> None:
+    inputs = programs(200, 6, 2, 5, seed=7)
+    solution = idf.solve(Program(), *inputs)
+    assert not bool(solution.status.any())
+    v = torch.cos(torch.arange(solution.u.numel(), dtype=F64)).reshape(solution.u.shape)
+    found = torch.autograd.grad((solution.u * v).sum(), inputs)
+    expected = by_hand(solution.u.detach(), solution.inequality_multipliers.detach(), inputs, v)
+    assert relative(found, expected) < 1e-6
+
+
+def test_check_and_compare_take_active_sets_for_equalities() -> None:
+    inputs = [t.detach() for t in programs(2, 5, 1, 2, seed=1)]
+    report = idf.check(Program(), *inputs)
+    assert report.ok, str(report)
+    names = [row.name for row in report.rows]
+    assert "multiplier signs" in names
+    assert "strict complementarity" in names
+    rows = idf.compare(Program(), *inputs, backwards=("auto", "dense")).rows
+    assert all(row.error < 1e-9 for row in rows)
+
+
+def test_jacobians_and_eqn_3_on_the_active_set() -> None:
+    inputs = [t.detach() for t in programs(2, 5, 1, 2, seed=1)]
+    u = idf.solve(Program(), *inputs).u
+    rows = idf.jacobian(Program(), *inputs)
+    one = idf.DeclarativeLayer(Program(), in_dims=None)
+    for k in range(2):
+        sample = [t[k] for t in inputs]
+        truth = torch.func.jacfwd(one, argnums=tuple(range(7)))(*sample)
+        for found, expected in zip(rows, truth, strict=True):
+            assert torch.allclose(found[k], expected, atol=1e-10)
+        d = idf.derivatives(Program(), u[k], *sample)
+        H = torch.linalg.inv(d.H)
+        literal = H @ d.A.T @ torch.linalg.inv(d.A @ H @ d.A.T) @ (d.A @ H @ d.B - d.C) - H @ d.B
+        joined = torch.cat([found[k].reshape(5, -1) for found in rows], 1)
+        assert torch.allclose(literal, joined, atol=1e-9)

@@ -54,6 +54,27 @@ class Blocks(idf.Problem):
         return torch.cholesky_solve(x[..., None], torch.linalg.cholesky_ex(Q).L)[..., 0]
 
 
+class Levelled(idf.Problem):
+    """minimise over u  sum_t (u_t+1 - u_t)^2 + |u - x|^2 + (sum_t u_t)^2 / m, tridiagonal and a part of rank 1"""
+
+    def objective(self, u: Tensor, x: Tensor) -> Tensor:
+        steps = u[1:] - u[:-1]
+        return steps.square().sum() + (u - x).square().sum() + u.sum().square() / u.shape[0]
+
+    def init(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Groups(idf.Problem):
+    """minimise over u  |u - x|^2 + sum_k (sum_i u_ki)^2, a part of rank 1 in each row"""
+
+    def objective(self, u: Tensor, x: Tensor) -> Tensor:
+        return (u - x).square().sum() + u.sum(1).square().sum()
+
+    def init(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class Classifier(idf.Problem):
     """minimise over u  sum_i log(1 + exp(-y_i x_i'u)), H = X'D X without a diagonal: dense"""
 
@@ -109,6 +130,14 @@ def _blocks(count: int) -> tuple[idf.Problem, tuple[Tensor, ...]]:
     return Blocks(), (factor @ factor.mT + torch.eye(3), _draw(1, count, 3))
 
 
+def _levelled(m: int) -> tuple[idf.Problem, tuple[Tensor, ...]]:
+    return Levelled(), (_draw(1, m),)
+
+
+def _groups(count: int) -> tuple[idf.Problem, tuple[Tensor, ...]]:
+    return Groups(), (_draw(1, count, 128),)
+
+
 def curves(quick: bool) -> tuple[Curve, ...]:
     """What has to grow linearly, with the sizes that are tried."""
     powers = [10**k for k in range(2, 8)]
@@ -121,6 +150,8 @@ def curves(quick: bool) -> tuple[Curve, ...]:
         Curve("tridiagonal H, in m", _smoothing, upto(10**6, 10**5)),
         Curve("low rank, k = 8, in m", _few_points, upto(10**6, 10**5)),
         Curve("blocks of 3 x 3, in their number", _blocks, upto(10**6, 10**5)),
+        Curve("groups of 128 of rank 1, in their number", _groups, upto(10**4, 10**3)),
+        Curve("tridiagonal and rank 1, in m", _levelled, upto(10**6, 10**5)),
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.active import active_of, held_multipliers, signs
 from implicitdiff.diagnostics.check_report import CheckReport, Rows
 from implicitdiff.diagnostics.declared import (
     Declared,
@@ -28,7 +29,6 @@ from implicitdiff.diagnostics.declared import (
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
-from implicitdiff.diagnostics.limits import active_of, held_multipliers, signs
 from implicitdiff.diagnostics.one_sided import one_sided
 from implicitdiff.diagnostics.reference import (
     LIMIT,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.active import active_of
 from implicitdiff.diagnostics.declared import Declared, double, floating, normal
 from implicitdiff.diagnostics.held import batch_first, fresh, hand_gradients, held_at, plan_of
-from implicitdiff.diagnostics.limits import active_of
 from implicitdiff.diagnostics.meter import Measurement, format_bytes, measure
 from implicitdiff.diagnostics.race import quartiles
 from implicitdiff.diagnostics.reference import Direction, Reference, relative_error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.limits import ActiveRows, active_residuals
+from implicitdiff.diagnostics.active import ActiveRows, active_residuals
 from implicitdiff.inputs import parameter_names
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import flatten, leaf_names

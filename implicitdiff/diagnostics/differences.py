@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.active import active_of
 from implicitdiff.diagnostics.declared import Declared, double, flat_dims, floating, moving_names, normal
-from implicitdiff.diagnostics.limits import active_of
 from implicitdiff.diagnostics.reference import orthogonal_to, polish, worse
 from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.layer import solve

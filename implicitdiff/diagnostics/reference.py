@@ -273,7 +273,7 @@ def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor], null: Tenso
     """
     gap = torch.cat([(f.detach().double() - t).reshape(-1) for f, t in zip(found, truth, strict=True)])
     gap = orthogonal_to(null, gap)
-    floor = 1e-9 * max((float(t.abs().max()) for t in truth if t.numel()), default=0.0)
+    floor = 1e-7 * max((float(t.abs().max()) for t in truth if t.numel()), default=0.0)
     errors = [
         part.abs().max() / (max(float(t.abs().max()), floor) or 1.0)
         for part, t in zip(gap.split([t.numel() for t in truth]), truth, strict=True)

@@ -218,10 +218,12 @@ class RangeSpace:
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, for a (..., B, m), b (..., B, p)."""
-        w, s = self._solve(a, b)
         if self.rest is None:
-            return w, s
+            return self._solve(a, b)
         samples, rest = self.rest
+        if len(self.jacobian) == 1:  # shared by all samples
+            return rest.solve(a, b)
+        w, s = self._solve(a, b)
         own_w, own_s = rest.solve(a[..., samples, :], b[..., samples, :])
         return w.index_copy(-2, samples, own_w), s.index_copy(-2, samples, own_s)
 

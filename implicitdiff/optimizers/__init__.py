@@ -14,6 +14,7 @@ from implicitdiff.optimizers.least_squares import GaussNewton, LevenbergMarquard
 from implicitdiff.optimizers.limits import Progress
 from implicitdiff.optimizers.line_search import Wolfe
 from implicitdiff.optimizers.newton import Newton
+from implicitdiff.optimizers.projected import ProjectedGradient
 
 __all__ = [
     "LBFGS",
@@ -25,6 +26,7 @@ __all__ = [
     "MultiStart",
     "Newton",
     "Progress",
+    "ProjectedGradient",
     "SciPy",
     "Wolfe",
     "default_optimizer",

@@ -38,14 +38,14 @@ def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, s
     """
     if problem.declares("solve"):
         return None, f"{type(problem).__name__} declares its own"
+    if plan.trace.limited:
+        return InteriorPoint(), limited_reason(plan)
     if isinstance(plan, StructuredPlan) and proved(plan) is not None:
         return (
             Newton(),
             "quadratic: one linear system, and Newton's method where its H is not positive definite",
         )
     m = sum(math.prod(variable.shape) for variable in plan.trace.variables)
-    if plan.trace.limited:
-        return InteriorPoint(), limited_reason(plan)
     if m <= MANY_VARIABLES:
         size = "1 variable" if m == 1 else f"{m} variables"
         return Newton(), f"few steps, and a factorisation for {size} is cheap"

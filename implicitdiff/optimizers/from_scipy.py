@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from implicitdiff.errors import OptionError
+from implicitdiff.optimizers.interior import LimitedOutcome
 from implicitdiff.optimizers.iterate import Outcome, Point, System, largest, unpack
+from implicitdiff.optimizers.limited import Limited
 from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_whole
+from implicitdiff.optimizers.scipy_limited import minimize_samples
 from implicitdiff.torch_private import HOST
 
 _CONSTRAINED = ("SLSQP", "trust-constr")
@@ -41,8 +44,8 @@ class SciPy:
     that the library has not.
 
     Attributes:
-        method: By SciPy's name; None: "BFGS" without constraints, "SLSQP" with. Only "SLSQP" and "trust-constr"
-            take constraints.
+        method: By SciPy's name; None: "BFGS" without constraints, "SLSQP" with, "L-BFGS-B" with bounds alone. Only
+            "SLSQP" and "trust-constr" take equalities and inequalities.
         options: SciPy's own, as it documents them for the method.
         max_iter: Most iterations of one sample (SciPy's `maxiter`, unless `options` has one).
         tol: Relative tolerance of the residual; None: that of the layer, sqrt(eps) of the dtype by default.
@@ -107,6 +110,19 @@ class SciPy:
         watch.goes_on(residual, waiting)
         iterations = torch.tensor(steps, dtype=torch.int64, device=start.device)
         return Outcome(Point.joined(rows), iterations)
+
+    def minimize_limited(self, limited: Limited, start: Tensor, tol: float) -> LimitedOutcome:
+        """Solve the samples of a problem with inequalities or bounds one by one; see `scipy_limited.minimize_samples`.
+
+        Args:
+            limited: The limits of the call.
+            start: Start points (B, m).
+            tol: The tolerance of the layer; SciPy's own tolerances are set far below it.
+
+        Returns:
+            LimitedOutcome, without a judgement; time_limit and callback are not used.
+        """
+        return minimize_samples(limited, start, self.method, dict(self.options), self.max_iter)
 
     def _walk(self, walk: "_Walk", method: str) -> int:
         """Run SciPy on one sample; the steps it took."""

@@ -167,7 +167,9 @@ class Limited:
         return torch.empty(0, dtype=dtype, device=self.theta[0].device)
 
     def narrowed(self, keep: Tensor) -> Limited:
-        """The limits of some samples, by their indices."""
+        """The limits of some samples, by their indices in ascending order."""
+        if len(keep) == self.batch:
+            return self
         flags = self.lagrangian.batched
         theta = tuple(t[keep] if flag else t for t, flag in zip(self.theta, flags, strict=True))
         made = None if self.matrices is None else self.matrices.at(keep)

@@ -86,6 +86,40 @@ def polished(
     return result
 
 
+def polished_at(limited: Limited, u: Tensor, near: float = 1e-5) -> Polished:
+    """The same for a point alone: candidates are near their limits, their multipliers those of least squares.
+
+    Args:
+        limited: the limits of these samples.
+        u: (B, m), inside the bounds.
+        near: the slack, relative to u, up to which a constraint is a candidate.
+
+    Returns:
+        Polished; the point as it came where it is not verified.
+    """
+    lower, upper = limited.bounds
+    size = 1 + u.abs().amax(1, keepdim=True)
+    slope, _ = limited.row_sizes(u)
+    g = limited.rows(u)
+    low = torch.isfinite(lower) & (u - lower <= near * size)
+    high = torch.isfinite(upper) & (upper - u <= near * size) & ~low
+    candidates = Active(low, high, g >= -near * slope * size)
+    multipliers = limited.multipliers(u, candidates)
+    left = limited.gradient(u, multipliers)
+    duals = (
+        torch.where(low, left, 0.0).clamp(min=0.0),
+        torch.where(high, -left, 0.0).clamp(min=0.0),
+        -multipliers[:, limited.equalities :].clamp(max=0.0),
+    )
+    has = torch.isfinite(lower), torch.isfinite(upper)
+    slacks = (
+        torch.where(has[0], (u - lower).clamp(min=0.0), 1.0),
+        torch.where(has[1], (upper - u).clamp(min=0.0), 1.0),
+        (-g).clamp(min=0.0),
+    )
+    return polished(limited, u, multipliers, slacks, duals)
+
+
 def _newton(limited: Limited, active: Active, u: Tensor, multipliers: Tensor, exact: float) -> Polished:
     """Newton steps on F = (D_u L, h, g of the set) = 0; verified where they arrived."""
     if limited.matrices is not None:

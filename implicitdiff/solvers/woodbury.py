@@ -219,6 +219,11 @@ def _lift_zeros(operator: LowRankPlusDiagonal) -> tuple[LowRankPlusDiagonal, Ten
     return LowRankPlusDiagonal(diagonal, joined(operator.left), weights, right), hopeless
 
 
+GROUPING = 75
+"""Operations in favour of writing small blocks down: a batch of Cholesky factorisations takes less than is counted for
+it (20 groups of 8 and 32: 0.18 and 0.25 ms against 0.33 and 0.31; from 128 on it is 4.8 ms against 0.3)."""
+
+
 class Woodbury(LinearSolver):
     """A k x k LU factorisation; only for k < m, above that the m x m Cholesky is smaller."""
 
@@ -238,7 +243,7 @@ class Woodbury(LinearSolver):
         if isinstance(operator, LowRankUpdate):
             return update_cost(operator, base_solver(operator).cost(operator.base))
         if isinstance(operator, GroupedLowRank):
-            operator = operator.blocks
+            return self.cost(operator.blocks) + Cost(0, 0, 0, GROUPING)
         assert isinstance(operator, LowRankPlusDiagonal)
         batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
         factor, small, vector = batch * size * rank, batch * rank * rank, batch * size

@@ -256,7 +256,8 @@ class StructuredPlan:
         whole = way == "full" or self.recipes.kkt.route.whole or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
-        if self.recipes.kkt.route.name == "range-space" and way != "full":
+        # on an active set what S was divided by may be 0, and then there is no answer to absolve
+        if self.recipes.kkt.route.name == "range-space" and way != "full" and not self.trace.masks:
             status = merge.absolved(
                 status, tried.status, lambda: self._hessian(values()), self.recipes.linear
             )

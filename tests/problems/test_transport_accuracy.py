@@ -13,6 +13,7 @@ from implicitdiff.inputs import bind
 from implicitdiff.plan import plan_for
 from implicitdiff.problems import OptimalTransport
 from implicitdiff.pytrees import flatten
+from implicitdiff.status import Status
 
 
 def gradient(
@@ -26,7 +27,8 @@ def gradient(
     theta = tuple(t.detach() for t in plan.trace.theta(bound))
     lam = tuple(torch.zeros_like(t) for t in inputs[1:])
     grads, status = plan.vjp((P,), lam, theta, (v,), None, (True, False, False, False))
-    assert not status.any()
+    # The dense plan sees dependent constraints, and cannot tell that they are so everywhere.
+    assert set(status.tolist()) <= {Status.OK, Status.NOT_REGULAR}
     assert grads[0] is not None
     return grads[0]
 

@@ -23,7 +23,8 @@ Mean ± standard deviation over seeds, which change data, initial weights and no
 training, forward and backward together, a sample with a zero gradient not being solved again; times are those of the
 processor, in training. The column *paper* is what was published for the original, much larger experiment: only
 orderings can be compared. In names, *noise a* is the margin of the paper, -a/2 or +a/2 on every cost in training;
-*informed a* the margin that needs labels. Projections are inside of Identity, and in front of the others."""
+*informed a* the margin that needs labels. Projections are inside of Identity, and in front of the others. What is
+listed as not run was not reached in the time there was; the command runs all of it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _section(family: Family, summary: Summary) -> str:
         parts.append(family.note)
     missing = [method.name for method in family.methods if method.name not in summary.methods()]
     if missing:
-        parts.append(f"Not run: {', '.join(missing)}.")
+        parts.append(f"Not run: {'; '.join(missing)}.")
     parts.append(
         "\n".join(f"- {_word(verdict)}: {verdict.statement}." for verdict in verdicts(family, summary))
     )

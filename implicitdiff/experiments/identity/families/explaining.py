@@ -168,7 +168,7 @@ FAMILY = Family(
     published={
         "Identity, P_std": "MSE 2.62 ± 0.14",
         "Identity": "MSE 4.75 ± 0.06",
-        "I-MLE 1000": "MSE 2.62 ± 0.05 (best of lam)",
+        "I-MLE 1000": "MSE 2.62 ± 0.05 (lam by validation)",
     },
     source="Sahoo et al., Tab. 1, k = 5; there L2X has 5.75 ± 0.30 and SoftSub 2.57 ± 0.12",
     orderings=(

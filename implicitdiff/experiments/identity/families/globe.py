@@ -135,7 +135,7 @@ FAMILY = Family(
     published={
         "Identity, P_std": "91.09 ± 0.07",
         "Identity, P_std, noise 0.2": "99.67",
-        "Blackbox 20": "99.2 ± 0.1 (Vlastelica et al., informed by a margin of their loss)",
+        "Blackbox 20": "99.2 ± 0.1",
         "Identity, P_std, noise 0.2, gradient noise 0.25": "above Blackbox (Fig. 4, a curve)",
     },
     source="Sahoo et al., Tab. 6, k = 5, and Fig. 4; Vlastelica et al., Tab. 3",
