@@ -39,7 +39,7 @@ def run(prepared: Prepared, *, with_value: bool) -> Solution:
 def _value(prepared: Prepared, outputs: Outputs) -> Tensor:
     """The objective at u, (B,), differentiable by the envelope theorem, without a solve (see `Envelope`).
 
-    Where another derivative of u was asked for (unrolled, approximate, by hand), the objective is differentiated with it.
+    Where another derivative of u was asked for (unrolled, approximate, by hand), the objective takes part in it.
     """
     if prepared.bound.batch == 0:
         return outputs.u[0].new_zeros(0)
