@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives.lagrangian import Lagrangian, Leaves
+from implicitdiff.torch_private import nested_forward_mode, tangent_free
 
 
 class Envelope(torch.autograd.Function):
@@ -62,29 +63,32 @@ class Envelope(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
         """<D_theta L, theta'>, by transposing the reverse derivative: no forward mode inside forward mode."""
-        lagrangian: Lagrangian = ctx.lagrangian
-        u, lam, theta = _parts(lagrangian, ctx.saved_tensors)
-        moved = tangents[len(u) + len(lam) :]
-        active = [
-            i for i, tangent in enumerate(moved) if tangent is not None and theta[i].is_floating_point()
-        ]
-        ones = torch.ones_like(lagrangian.objective(u, theta))
-        if not active:
-            return torch.zeros_like(ones)
+        with nested_forward_mode():
+            saved = [tangent_free(value) for value in ctx.saved_tensors]
+            return _jvp(ctx.lagrangian, saved, tangents)
 
-        def paired(v: Tensor) -> Tensor:
-            def weighted(*values: Tensor) -> Tensor:
-                changed = list(theta)
-                for index, value in zip(active, values, strict=True):
-                    changed[index] = value
-                return (v * _each(lagrangian, u, lam, tuple(changed))).sum()
 
-            grads = torch.func.grad(weighted, argnums=tuple(range(len(active))))(*[theta[i] for i in active])
-            terms = [(g * moved[i]).sum() for g, i in zip(grads, active, strict=True)]
-            return torch.stack(terms).sum()
+def _jvp(lagrangian: Lagrangian, saved: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    u, lam, theta = _parts(lagrangian, saved)
+    moved = tangents[len(u) + len(lam) :]
+    active = [i for i, tangent in enumerate(moved) if tangent is not None and theta[i].is_floating_point()]
+    ones = torch.ones_like(lagrangian.objective(u, theta))
+    if not active:
+        return torch.zeros_like(ones)
 
-        found: Tensor = torch.func.grad(paired)(ones)
-        return found
+    def paired(v: Tensor) -> Tensor:
+        def weighted(*values: Tensor) -> Tensor:
+            changed = list(theta)
+            for index, value in zip(active, values, strict=True):
+                changed[index] = value
+            return (v * _each(lagrangian, u, lam, tuple(changed))).sum()
+
+        grads = torch.func.grad(weighted, argnums=tuple(range(len(active))))(*[theta[i] for i in active])
+        terms = [(g * moved[i]).sum() for g, i in zip(grads, active, strict=True)]
+        return torch.stack(terms).sum()
+
+    found: Tensor = torch.func.grad(paired)(ones)
+    return found
 
 
 def _each(lagrangian: Lagrangian, u: Leaves, lam: Leaves, theta: Leaves) -> Tensor:

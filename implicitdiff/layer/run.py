@@ -39,12 +39,12 @@ def run(prepared: Prepared, *, with_value: bool) -> Solution:
 def _value(prepared: Prepared, outputs: Outputs) -> Tensor:
     """The objective at u, (B,), differentiable by the envelope theorem, without a solve (see `Envelope`).
 
-    An unrolled solver is differentiated itself, and so is the objective at what it returns.
+    Where another derivative of u was asked for (unrolled, approximate, by hand), the objective takes part in it.
     """
     if prepared.bound.batch == 0:
         return outputs.u[0].new_zeros(0)
     lagrangian = prepared.call().lagrangian
-    if prepared.options.backward == "unrolled":
+    if prepared.options.backward in ("unrolled", "approximate", "hand"):
         return lagrangian.objective(outputs.u, prepared.theta)
     found: Tensor = Envelope.apply(lagrangian, *outputs.u, *outputs.multipliers, *prepared.theta)
     return found
