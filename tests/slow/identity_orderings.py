@@ -93,4 +93,4 @@ def test_noise_on_gradients_makes_blackbox_collapse_and_not_identity() -> None:
     found = trained("globe", "Identity", ours, theirs)
     assert found.mean(ours, "accuracy") > found.mean(theirs, "accuracy") + 30
     assert found.mean(theirs, "norm") < 0.1 * found.mean(ours, "norm")
-    assert found.mean("Identity", "norm") < 0.1 * found.mean(ours, "norm")
+    assert found.mean("Identity", "norm") < 0.5 * found.mean(ours, "norm"), "without a margin costs shrink"
