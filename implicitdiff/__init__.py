@@ -10,6 +10,7 @@ import typing
 
 from implicitdiff import operators, optimizers
 from implicitdiff.diagnostics import check, compare, explain
+from implicitdiff.equations import FixedPoint, Root
 from implicitdiff.errors import (
     CapturedTensorError,
     ControlFlowError,
@@ -36,8 +37,8 @@ from implicitdiff.errors import (
     TraceError,
     UnrollError,
 )
-from implicitdiff.layer import DeclarativeLayer, solve
-from implicitdiff.problem import FixedPoint, Problem, Root, Solution
+from implicitdiff.layer import DeclarativeLayer, implicit, solve
+from implicitdiff.problem import Problem, Solution
 from implicitdiff.records import record
 from implicitdiff.status import Status
 from implicitdiff.vjp import derivatives, jacobian
@@ -81,6 +82,7 @@ __all__ = [
     "compare",
     "derivatives",
     "explain",
+    "implicit",
     "jacobian",
     "operators",
     "optimizers",

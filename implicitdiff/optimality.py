@@ -69,6 +69,8 @@ class Check:
     residuals: Residuals
     status: Tensor
     tol: float
+    square: bool = False
+    """Whether h is the residual of a system of equations."""
 
 
 def _relative(size: Tensor, scale: Tensor) -> Tensor:
@@ -182,16 +184,16 @@ def check(
         constraints) or NONFINITE for each sample. A is formed only if some sample violates its constraints.
     """
     residuals = measure(plan, variables, multipliers, theta)
-    if not bool((residuals.relative <= tol).all()):
+    if not plan.trace.square and not bool((residuals.relative <= tol).all()):
         residuals = _with_linear_part(plan, residuals, variables, multipliers, theta, tol)
     status = torch.full_like(residuals.gradient, Status.NOT_OPTIMAL, dtype=torch.int8)
     status[residuals.relative <= tol] = Status.OK
     violated = residuals.violation > tol
-    if bool(violated.any()):
+    if bool(violated.any()) and not plan.trace.square:
         status[violated & irreducible(plan, variables, theta, tol)] = Status.INFEASIBLE
     finite = torch.stack([torch.isfinite(_largest(leaf)) for leaf in (*variables, *multipliers)]).all(0)
     status[~finite | ~torch.isfinite(residuals.gradient + residuals.constraint)] = Status.NONFINITE
-    return Check(residuals, status, tol)
+    return Check(residuals, status, tol, bool(plan.trace.square))
 
 
 def _with_linear_part(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives.autodiff import ApproximatePlan, AutodiffPlan
+from implicitdiff.derivatives.equations import EquationsMatrixFreePlan, EquationsPlan, OneStepPlan
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
@@ -176,6 +177,8 @@ def check_options(backward: str, linear_solver: str) -> None:
 
 def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = ()) -> Plan:
     """Choose the kind of plan for a trace; `shown` are the theta whose gradients the report's code computes."""
+    if trace.square:
+        return _build_square(trace, backward, linear_solver, shown)
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "matrix-free":
         return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
@@ -192,10 +195,21 @@ def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 
 
+def _build_square(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool]) -> Plan:
+    """The plan of a system of equations."""
+    fallbacks: tuple[Fallback, ...] = ()
+    if backward == "approximate":
+        return OneStepPlan(trace, unstructured(trace, "scaled-identity", "divide", fallbacks))
+    large = _dense_bytes(trace) > DENSE_BYTES
+    if backward == "matrix-free" or linear_solver == "gmres" or large:
+        return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
+    return EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+
+
 def _dense_bytes(trace: Trace) -> int:
     """Bytes of one sample's KKT matrix."""
     size = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
-    if trace.equality is not None:
+    if trace.equality is not None and not trace.square:
         size += sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
     return size * size * trace.variables[0].dtype.itemsize
 
@@ -206,7 +220,7 @@ def unstructured(trace: Trace, kind: str, solver: str, fallbacks: tuple[Fallback
     m = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
     p = (
         0
-        if trace.equality is None
+        if trace.equality is None or trace.square
         else sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
     )
     return Analysis(

@@ -214,9 +214,10 @@ def _damped(
 ) -> tuple[Leaves, Leaves, Tensor]:
     """H + shift I in the bad samples, the shift growing until K is regular there."""
     ones = tuple(torch.ones_like(leaf) for leaf in u)
-    product, _ = call.lagrangian.kkt_product(
+    product, pushed = call.lagrangian.kkt_product(
         u, lam, theta, ones, tuple(torch.zeros_like(leaf) for leaf in lam)
     )
+    product = pushed if call.square else product
     size = torch.stack([leaf.abs().reshape(len(bad), -1).amax(1) for leaf in product]).amax(0)
     size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
     damped = torch.zeros_like(bad)
@@ -232,7 +233,12 @@ def _damped(
     samples = torch.nonzero(damped)[:, 0].tolist()
     if samples:
         named = name_samples(samples, call.batch)
-        message = f"{call.name}: {named}: the KKT matrix is singular, its Hessian was damped"
+        what = (
+            "the Jacobian of the residual is singular and"
+            if call.square
+            else "the KKT matrix is singular, its Hessian"
+        )
+        message = f"{call.name}: {named}: {what} was damped"
         emit(Status.DAMPED.name, "backward", samples, message, call.records)
         warnings.warn(message, OptimalityWarning, stacklevel=2)
     return w, s, bad
@@ -250,6 +256,10 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
         f"{call.name}: {name_samples(samples, call.batch)}: {what}; add a small quadratic term to the "
         "objective, or accept it with on_failure='damp', 'nan' or 'zero'"
     )
+    if call.square:
+        message = message.replace("the KKT matrix is", "the Jacobian of the residual is").replace(
+            "add a small quadratic term to the objective", "add a small multiple of u to the residual"
+        )
     emit(kind.name, "backward", samples, message, call.records)
     if call.on_failure in ("raise", "damp"):
         raise ConvergenceError(message) if kind == Status.NOT_CONVERGED else SingularError(message)

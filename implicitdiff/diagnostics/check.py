@@ -128,7 +128,9 @@ def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
     with rows of length one), "second order" (least over largest eigenvalue of H along the constraints),
     "finite differences" of the solution map through the layer (one direction per input), "structured against
     dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. Signs
-    of inequality multipliers come with inequalities.
+    of inequality multipliers come with inequalities. For a system of equations "residual" takes the place of the
+    rows before "refined", and "regular Jacobian" (least over largest singular value of J with rows of length one) that
+    of "LICQ" and "second order".
 
     Args:
         problem: The declared problem.
@@ -189,12 +191,18 @@ def _residuals(
     for b, multipliers in enumerate(flat_lam):
         slope, pulled, constraint = _terms(declared, b, multipliers)
         worst[0] = worse(worst[0], _ratio((slope - pulled).abs(), scales.gradient_scale[b]))
+        if problem.square:
+            residual = declared.equality(b, declared.point(b)).detach().abs()
+            worst[1] = worse(worst[1], _ratio(residual, scales.constraint_scale[b]))
         if multipliers is not None:
             worst[1] = worse(worst[1], _ratio(constraint.abs(), scales.constraint_scale[b]))
             if small:
                 projected = _range_part(declared, b, slope)
                 worst[2] = worse(worst[2], _ratio((pulled - projected).abs(), slope.abs().max()))
-    rows.upper("stationarity", worst[0], tolerance)
+    if problem.square:
+        rows.upper("residual", worst[1], tolerance)
+    else:
+        rows.upper("stationarity", worst[0], tolerance)
     if lam:
         rows.upper("feasibility", worst[1], tolerance)
         if small:
@@ -297,7 +305,7 @@ def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
         dependent = max(sample.null.shape[1] for sample in samples)
         ratio = min(sample.singular_ratio for sample in samples)
         proved = planned.plan.analysis.dependent
-        name = "LICQ"
+        name = "regular Jacobian" if planned.plan.trace.square else "LICQ"
         if not dependent:
             rows.lower(name, ratio, 1e-11)
         elif proved:
@@ -307,6 +315,8 @@ def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
             rows.lower(
                 name, ratio, 1e-11, f"{_dependent_rows(dependent)}, not proved; gradients are of minimum norm"
             )
+    if planned.plan.trace.square:
+        return
     curvature = min(_curvature(sample.hessian, sample.jacobian) for sample in samples)
     rows.lower("second order", curvature, 1e-12)
 

@@ -62,6 +62,8 @@ class Explanation:
             with gradients for all floating inputs and Parameters.
         measured: How these three were obtained.
         code: The emitted backward pass as Python text; "" where none is emitted.
+        square: For a system of equations "residual" or "step", the hook that states it; `hessian` is then J = D_u r,
+            the Jacobian of the residual. "" otherwise.
     """
 
     problem: str
@@ -86,6 +88,7 @@ class Explanation:
     peak: int
     measured: str
     code: str
+    square: str = ""
 
     def __str__(self) -> str:
         """A report for a person who wants to learn what was derived."""
@@ -94,8 +97,11 @@ class Explanation:
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("sizes", self._sizes()), ("", "")]
-        lines += [("H = D_uu L", _matrix(self.hessian))]
-        lines += [("A = D_u h", _matrix(self.constraint_jacobian) if self._constrained else "no constraints")]
+        lines += [("J = D_u r" if self.square else "H = D_uu L", _matrix(self.hessian))]
+        if not self.square:
+            lines += [
+                ("A = D_u h", _matrix(self.constraint_jacobian) if self._constrained else "no constraints")
+            ]
         if self.schur is not None:
             lines.append(("S = A H^-1 A'", _matrix(self.schur)))
         lines += [("dependence", text) for text in self.dependent]
@@ -119,7 +125,8 @@ class Explanation:
         of = [_size(item) for item in self.variables]
         given = [_size(item) + ("" if item.batched else " shared") for item in self.inputs]
         held = [_size(item) for item in self.tensors]
-        counts = f"m = {m} variable{'s' if m != 1 else ''}, p = {p} constraint{'s' if p != 1 else ''}"
+        p_of = f", p = {p} constraint{'s' if p != 1 else ''}"
+        counts = f"m = {m} variable{'s' if m != 1 else ''}{' and equation' + 's' * (m != 1) if self.square else p_of}"
         parts = [f"{counts}: {', '.join(of)}", f"inputs {', '.join(given)}"]
         parts += [f"the problem's {', '.join(held)}"] if held else []
         return f"batch {self.batch}, {self.dtype}; " + "; ".join(parts)
@@ -154,7 +161,11 @@ class Explanation:
         require_matplotlib("Explanation.plot")
         from implicitdiff.diagnostics.plots import plot_structure
 
-        named = [("H", self.hessian), ("A", self.constraint_jacobian), ("S", self.schur)]
+        named = [
+            ("J" if self.square else "H", self.hessian),
+            ("A", self.constraint_jacobian),
+            ("S", self.schur),
+        ]
         return plot_structure(
             self.problem, [(name, found) for name, found in named if found is not None and min(found.shape)]
         )
@@ -206,6 +217,7 @@ def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Expl
         peak=cost.peak,
         measured=cost.how,
         code=analysis.code,
+        square=trace.square,
     )
 
 

@@ -17,6 +17,7 @@ from implicitdiff.graph.checks import Result, check_captured, check_dependence
 from implicitdiff.graph.clean import Captured, finish, lift_attributes, outputs
 from implicitdiff.graph.example import Example, solution_example, variable_example
 from implicitdiff.graph.record import LOCK, record
+from implicitdiff.graph.square import check_fits, check_used, subtract_from_variables
 from implicitdiff.inputs import Bound
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec
@@ -86,6 +87,8 @@ class Trace:
         equality_spec: The structure of what ``equality`` returns.
         constants: (position in ``input_spec``, value) of the inputs that are no tensors; they are baked in.
         captured: Tensors that the functions use without the Problem holding them; the last placeholders.
+        square: For a system of equations the hook that its residual comes from, 'residual' or 'step'; the residual is
+            ``equality`` then, and the objective 0. Empty for an optimisation problem.
     """
 
     placeholders: tuple[Placeholder, ...]
@@ -96,6 +99,7 @@ class Trace:
     equality_spec: Spec | None
     constants: tuple[tuple[int, Any], ...]
     captured: tuple[torch.Tensor, ...]
+    square: str = ""
 
     @property
     def variables(self) -> tuple[Placeholder, ...]:
@@ -146,28 +150,43 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
         arguments = arguments_of(problem, example.leaves, example.spec, bound)
         tensors = enumerate(bound.tensors, start=arguments.variables + len(bound.leaves))
         captured = Captured(list(tensors))
-        declared = [hook for hook in ("objective", "equality") if problem.declares(hook)]
+        square = problem.MAIN if problem.square else ""
+        second = square or "equality"
+        declared = [hook for hook in ("objective", second) if problem.declares(hook)]
         results = {hook: Result(problem, hook) for hook in declared}
         raw = {hook: record(problem, hook, arguments, results[hook].check) for hook in declared}
         for hook, module in raw.items():
             lift_attributes(results[hook].name, module, captured)
+        if square:
+            spec = results[square].spec
+            assert spec is not None
+            shapes = [tuple(node.meta["val"].shape) for node in outputs(raw[square])]
+            check_fits(problem, arguments, spec, shapes)
+        if square == "step":
+            subtract_from_variables(raw[square])
         functions = {
             hook: _function(hook, finish(module, len(arguments.facts), captured))
             for hook, module in raw.items()
         }
-        objective, equality = functions["objective"], functions.get("equality")
-        if equality is not None and not any(math.prod(shape) for shape in equality.output_shapes):
+        objective, equality = functions["objective"], functions.get(second)
+        if square and equality is not None:
+            check_used(problem, arguments, equality.module)
+        elif equality is not None and not any(math.prod(shape) for shape in equality.output_shapes):
             equality = None
-        check_dependence(problem, arguments, objective.module, None if equality is None else equality.module)
+        if not square:
+            check_dependence(
+                problem, arguments, objective.module, None if equality is None else equality.module
+            )
         return Trace(
             placeholders=_placeholders(arguments, captured.tensors),
             objective=objective,
             equality=equality,
             variable_spec=example.spec,
             input_spec=bound.spec,
-            equality_spec=None if equality is None else results["equality"].spec,
+            equality_spec=None if equality is None or square else results["equality"].spec,
             constants=bound.constants,
             captured=tuple(captured.tensors),
+            square=square,
         )
 
 

@@ -65,6 +65,11 @@ class Options:
                 f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
                 "Newton(), or None"
             )
+        if self.backward == "approximate" and problem.MAIN == "residual":
+            raise OptionError(
+                f"backward='approximate' ignores constraints, or takes D_u step for 0; {type(problem).__name__} is a "
+                "Root, which has neither: use backward='auto'"
+            )
         if self.backward == "hand" and not problem.declares("vjp"):
             raise ProblemDefinitionError(
                 f"backward='hand' needs {type(problem).__name__} to declare vjp(self, u, v, *inputs); "

@@ -15,5 +15,5 @@ def run(prepared: Prepared, *, with_value: bool) -> Solution:
     """Solve, in the dtypes of the prepared inputs; the value costs one evaluation of the objective."""
     with without_autocast(prepared.bound.device.type):
         outputs = run_unrolled(prepared) if prepared.options.backward == "unrolled" else prepared.apply()
-        value = prepared.value(outputs.u) if with_value else None
+        value = prepared.value(outputs.u) if with_value and not prepared.problem.square else None
         return prepared.solution(outputs, value)

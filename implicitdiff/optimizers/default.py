@@ -6,6 +6,7 @@ which prints the reason.
 
 import math
 
+from implicitdiff.optimizers.anderson import Anderson
 from implicitdiff.optimizers.combined import Chain
 from implicitdiff.optimizers.iterate import Optimizer
 from implicitdiff.optimizers.lbfgs import LBFGS
@@ -34,6 +35,12 @@ def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, s
     """
     if problem.declares("solve"):
         return None, f"{type(problem).__name__} declares its own"
+    if plan.trace.square == "step":
+        return Chain(
+            (Anderson(), Newton())
+        ), "steps are cheap; Newton's method where they do not contract, and at the end"
+    if plan.trace.square:
+        return Newton(), f"few steps, each by the solver of the backward pass ({plan.analysis.solver})"
     m = sum(math.prod(variable.shape) for variable in plan.trace.variables)
     if m <= MANY_VARIABLES:
         size = "1 variable" if m == 1 else f"{m} variables"

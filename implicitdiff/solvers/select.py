@@ -26,6 +26,7 @@ from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.divide import Divide
+from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.kronecker import KroneckerSolver
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
@@ -49,13 +50,13 @@ SOLVERS: dict[str, LinearSolver] = {
         Schur(),
         SchurConjugateGradients(),
         ConjugateGradients(),
+        GMRES(),
     )
 }
 """The solvers by the name that ``linear_solver=`` takes."""
 
 PLANNED: tuple[str, ...] = (
     "minres",
-    "gmres",
     "sparse-lu",
 )
 """Names of the contract that are not built yet."""
