@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 FUZZ_COUNT ?= 10000
 FUZZ_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-# Tests and demonstration were timed on two cores; more threads than cores make small tensors slower, not faster.
+# The demonstration was timed on two cores; more threads than cores make small tensors slower, not faster.
 export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
@@ -37,8 +37,9 @@ EXTRAS_peers := bench,peers
 demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on scikit-learn's digits
 	$(BIN)/python docs/demo/main.py
 
-test: $(VENV)/installed-test  ## all tests, in one pytest run
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/installed-test  ## all tests, one process for each core
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
+	    --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-lint  ## ruff (rules and format), mypy, import-linter
 	@status=0; \

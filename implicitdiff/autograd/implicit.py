@@ -28,7 +28,7 @@ from implicitdiff.autograd.call import (
 from implicitdiff.autograd.hand import HandVjp
 from implicitdiff.autograd.kkt import KKTSolve, unusable
 from implicitdiff.autograd.kkt import solve as kkt_solve
-from implicitdiff.autograd.masks import Masks
+from implicitdiff.autograd.masks import Masks, kept
 from implicitdiff.autograd.opaque import CALLS, LIBRARY, Flags, OpaqueStep
 from implicitdiff.errors import NotSupportedYetError
 from implicitdiff.torch_private import (
@@ -219,15 +219,22 @@ def pull_back(
         grads = HandVjp.apply(call, tuple(needs), *u, *v[: len(u)], *theta)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
     masks = Masks.of(call, status)
-    if lean and not masks.any_failed():
-        v_lam = None if all(c is None for c in cotangents[len(u) :]) else v[len(u) :]
-        factor = call.factors.find(call.plan, u, lam, theta)  # of a derivative of this one, if there was any
-        found, quality = call.plan.vjp(u, lam, theta, v[: len(u)], v_lam, needs, factor)
-        if not bool(unusable(quality).any()):
-            return found
     if lean and masks.all_failed():
         return masks.nothing(theta, v, needs)
-    u, lam, theta = masks.sound(u, lam, theta)
+    found = None
+    if lean:
+        silent = masks.any_failed()
+        if silent:
+            u, lam, theta = masks.sound(u, lam, theta)
+        loud = masks.silence(v) if silent else v
+        v_lam = None if all(c is None for c in cotangents[len(u) :]) else loud[len(u) :]
+        factor = call.factors.find(call.plan, u, lam, theta)  # of a derivative of this one, if there was any
+        found, quality = call.plan.vjp(u, lam, theta, loud[: len(u)], v_lam, needs, factor)
+        bad = unusable(quality)
+        if not bool(bad.any()):
+            return masks.spoil(found, v) if silent else found
+    else:
+        u, lam, theta = masks.sound(u, lam, theta)
     inside, lost = call.lagrangian.inside(u, lam, theta)
     rhs = [-leaf[None] for leaf in masks.silence((*without(v[: len(u)], lost), *v[len(u) :]))]
     if lean:
@@ -237,6 +244,8 @@ def pull_back(
         z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
     z = tuple(leaf[0] for leaf in z)
     grads = call.lagrangian.pull_inputs(inside, lam, theta, z[: len(u)], z[len(u) :], needs)
+    if found is not None:
+        grads = kept(bad, grads, found, call.batched)
     return masks.spoil(grads, v)
 
 

@@ -110,6 +110,19 @@ class Masks:
         return _along(self.failed, value)
 
 
+def kept(
+    bad: Tensor, mended: Sequence[Tensor | None], found: Sequence[Tensor | None], batched: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the first pass where a sample was sound, those of the second in the samples `bad` (B,).
+
+    So a sample keeps its bits whatever the others are. The gradient of a shared tensor is a sum over all samples.
+    """
+    return tuple(
+        torch.where(_along(bad, a), a, b) if own and a is not None and b is not None else a
+        for a, b, own in zip(mended, found, batched, strict=True)
+    )
+
+
 def _along(mask: Tensor | None, value: Tensor) -> Tensor:
     if mask is None:
         raise AssertionError("no mask")

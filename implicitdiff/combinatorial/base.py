@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from implicitdiff.combinatorial.checks import check_domain, check_finite, check_solution
-from implicitdiff.errors import InputError, OptionError
+from implicitdiff.errors import InputError, OptionError, ProblemDefinitionError
 from implicitdiff.torch_private import HOST
 
 Sense: TypeAlias = Literal["min", "max"]
@@ -81,6 +81,16 @@ class Solver(ABC):
     def known_solutions(self) -> Tensor | None:
         """Y, (K, *shape), where it is listed."""
         return None
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A batch of costs to try things with, optional; the ready-made problems have one.
+
+        Raises:
+            ProblemDefinitionError: this solver declares none.
+        """
+        raise ProblemDefinitionError(
+            f"{self.name} declares no example: add a method example, or take one of implicitdiff.problems"
+        )
 
     def __call__(self, cost: Tensor) -> Tensor:
         """Solve for costs (*batch, *cost_shape); the solution has the same shape, dtype and device, and no history.

@@ -52,6 +52,16 @@ class Estimator(ABC):
         """The class, for messages."""
         return type(self).__name__
 
+    @property
+    def formula(self) -> str:
+        """dl/dw in one line, for reports."""
+        return "see its docstring"
+
+    @property
+    def calls(self) -> tuple[int, int] | None:
+        """Instances solved for one sample in training: (forward, backward) where g is not 0; None: not declared."""
+        return None
+
     def bind(self, solver: Solver) -> Projection:
         """The projection for one solver."""
         return NoProjection()

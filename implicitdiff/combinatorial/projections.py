@@ -24,6 +24,11 @@ NAMES = ("none", "mean", "norm", "std", "affine", "auto")
 class Projection(ABC):
     """P, for batches (B, *shape). A sample is flattened: |w| and <a, w> run over all of its entries."""
 
+    @property
+    def formula(self) -> str:
+        """P(w), in one line, for reports."""
+        return type(self).__name__
+
     @abstractmethod
     def __call__(self, w: Tensor) -> Tensor:
         """P(w)."""
@@ -56,6 +61,11 @@ class Projection(ABC):
 class NoProjection(Projection):
     """P(w) = w."""
 
+    @property
+    def formula(self) -> str:
+        """P(w), in one line."""
+        return "w"
+
     def __call__(self, w: Tensor) -> Tensor:
         return w
 
@@ -66,6 +76,11 @@ class NoProjection(Projection):
 
 class Mean(Projection):
     """P(w) = w - mean(w) 1; valid if all y have the same sum."""
+
+    @property
+    def formula(self) -> str:
+        """P(w), in one line."""
+        return "w - mean(w) 1"
 
     def __call__(self, w: Tensor) -> Tensor:
         flat = w.flatten(1)
@@ -90,6 +105,11 @@ class Plane(Projection):
     Raises:
         InputError: a is zero or not finite.
     """
+
+    @property
+    def formula(self) -> str:
+        """P(w), in one line."""
+        return "w - <a, w> a"
 
     def __init__(self, a: Tensor | Sequence[float]) -> None:
         normal = torch.as_tensor(a, dtype=torch.float64, device=HOST)
@@ -123,6 +143,11 @@ class Affine(Projection):
     equalities, e.g. double centring for assignments, removal of node potentials for flows.
     """
 
+    @property
+    def formula(self) -> str:
+        """P(w), in one line."""
+        return "(I - A^+ A) w"
+
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
 
@@ -148,6 +173,11 @@ class Norm(Projection):
         inner: L.
         eps: with eps > 0 it is u / sqrt(|u|^2 + eps^2), which has a derivative at 0; with 0, u = 0 is an error.
     """
+
+    @property
+    def formula(self) -> str:
+        """P(w), in one line."""
+        return "w / |w|" if isinstance(self.inner, NoProjection) else f"u / |u|, u = {self.inner.formula}"
 
     def __init__(self, inner: Projection | None = None, eps: float = 0.0) -> None:
         if isinstance(inner, Norm | Custom):
@@ -211,6 +241,11 @@ class Custom(Projection):
         function: made of torch operations; samples must not mix.
         sign: -1 if the function is written for the costs of a maximisation.
     """
+
+    @property
+    def formula(self) -> str:
+        """P(w), in one line."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
 
     def __init__(self, function: Callable[[Tensor], Tensor], sign: int = 1) -> None:
         self.function = function

@@ -160,7 +160,7 @@ class _PseudoInverse:
         scale: the diagonal of D, (B, N).
         inverse: the eigenvalues of (DKD)^+, (B, N).
         vectors: the eigenvectors, (B, N, N).
-        basis: N, (B, N, the largest number of null vectors), filled up with zeros.
+        basis: N, (B, N, N), filled up with zeros.
         singular: (B,), whether a null vector of K reaches u.
     """
 
@@ -179,10 +179,9 @@ class _PseudoInverse:
             min=torch.finfo(values.dtype).tiny
         )
         inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
-        # The null vectors, each in its own column, the others zeroed: QR then keeps them and fills up with
-        # columns to be masked.
-        count = int(zero.sum(1).max())
-        order = torch.argsort(zero.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
+        # The null vectors first, the others zeroed: QR then keeps them and fills up with columns to be masked. All N
+        # columns, since the bits of a product may depend on their number, and one sample's must not on another's.
+        order = torch.argsort(zero.to(torch.int8), dim=1, descending=True, stable=True)
         member = torch.gather(zero, 1, order)
         null = torch.gather(vectors, 2, order[:, None, :].expand(-1, vectors.shape[1], -1))
         reaches = (

@@ -4,7 +4,8 @@
 `compare` puts backward passes side by side.
 """
 
-from implicitdiff.diagnostics.check import CheckReport, CheckRow, check
+from implicitdiff.diagnostics.check import check
+from implicitdiff.diagnostics.check_report import CheckReport, CheckRow
 from implicitdiff.diagnostics.compare import Comparison, compare
 from implicitdiff.diagnostics.contest import Row
 from implicitdiff.diagnostics.explain import Explanation, explain

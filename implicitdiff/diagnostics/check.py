@@ -5,15 +5,17 @@ Residuals are taken at the solution as it is; everything about derivatives in a 
 `reference.py` and finite differences. Next: `compare.py`, which puts backward passes side by side.
 """
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.check_report import CheckReport, Rows
 from implicitdiff.diagnostics.declared import (
     Declared,
     double,
@@ -25,101 +27,25 @@ from implicitdiff.diagnostics.declared import (
     to_double,
 )
 from implicitdiff.diagnostics.differences import directional
+from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
-from implicitdiff.diagnostics.tables import number, table
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
 from implicitdiff.status import Status
 from implicitdiff.torch_private import pytree
 
+if TYPE_CHECKING:
+    from implicitdiff.combinatorial import DiscreteLayer, Solver
+
 FINITE_DIFFERENCE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-8
 HAND_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True)
-class CheckRow:
-    """One statement that was tried.
-
-    Attributes:
-        name: What was tried.
-        value: What came out; NaN where it could not be tried.
-        tolerance: What it was held against (an upper bound, except for LICQ and second order: a lower one).
-        verdict: "ok", "fail" or "not run", with a reason after a colon where there is something to say.
-    """
-
-    name: str
-    value: float
-    tolerance: float
-    verdict: str
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """All rows of one check; `ok` is False as soon as one of them failed."""
-
-    problem: str
-    rows: tuple[CheckRow, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether no statement failed (one that could not be tried is no failure, but is listed)."""
-        return not any(row.verdict.startswith("fail") for row in self.rows)
-
-    def __str__(self) -> str:
-        cells = [(row.name, _value(row.value), _value(row.tolerance), row.verdict) for row in self.rows]
-        failed = [row.name for row in self.rows if row.verdict.startswith("fail")]
-        last = "all is well" if self.ok else f"{len(failed)} failed: {', '.join(failed)}"
-        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT)}\n\n{last}"
-
-
-_HEADER = ("what", "value", "tolerance", "verdict")
-_RIGHT = ("value", "tolerance")
-
-
-def _value(value: float) -> str:
-    return "-" if math.isnan(value) else number(value, 2)
-
-
-@dataclass
-class _Rows:
-    """The rows so far."""
-
-    rows: list[CheckRow] = field(default_factory=list)
-
-    def upper(self, name: str, value: float, tolerance: float, remark: str = "") -> None:
-        """A statement `value <= tolerance`; NaN fails."""
-        self._add(name, value, tolerance, value <= tolerance, remark)
-
-    def lower(self, name: str, value: float, tolerance: float, remark: str = "") -> None:
-        """A statement `value > tolerance`; NaN fails."""
-        self._add(name, value, tolerance, value > tolerance, remark)
-
-    def _add(self, name: str, value: float, tolerance: float, holds: bool, remark: str) -> None:
-        verdict = "ok" if holds else "fail"
-        self.rows.append(CheckRow(name, value, tolerance, f"{verdict}: {remark}" if remark else verdict))
-
-    def failed(self, name: str, reason: object) -> None:
-        """A statement that could not be tried though it should have been possible."""
-        self.rows.append(CheckRow(name, math.nan, math.nan, f"fail: {_line(reason)}"))
-
-    def not_run(self, name: str, reason: object) -> None:
-        """A statement that this check does not try for this problem."""
-        self.rows.append(CheckRow(name, math.nan, math.nan, f"not run: {_line(reason)}"))
-
-
-def _line(reason: object) -> str:
-    return (
-        " ".join(f"{type(reason).__name__}: {reason}".split())
-        if isinstance(reason, Exception)
-        else str(reason)
-    )
-
-
-def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
-    """Test a problem at its solution for these inputs.
+def check(problem: Problem | DiscreteLayer | Solver, *inputs: Any, in_dims: Any = 0) -> CheckReport:
+    """Test a problem at its solution for these inputs, or a discrete layer (see `diagnostics/discrete/check.py`).
 
     The rows, in this order: "solve" (samples whose status is not OK), "stationarity" and "feasibility" (|D_u
     L| and |h| over the largest of the terms that cancel, by autograd on the declared functions),
@@ -133,7 +59,7 @@ def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
     of "LICQ" and "second order".
 
     Args:
-        problem: The declared problem.
+        problem: The declared problem, a `DiscreteLayer`, or a discrete solver (with Identity).
         inputs: As for the layer; small ones are best.
         in_dims: As for the layer.
 
@@ -144,10 +70,15 @@ def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
     Raises:
         ImplicitDiffError: The problem or the inputs are refused at the door.
     """
-    require_problem(problem)
+    layer = as_discrete(problem)
+    if layer is not None:
+        from implicitdiff.diagnostics.discrete.check import check_discrete
+
+        return check_discrete(layer, inputs, in_dims)
+    problem = require_problem(problem)
     inputs = tuple(fresh(inputs, [False] * len(pytree.tree_leaves(inputs)))[0])
     planned = plan_of(problem, inputs, in_dims)
-    rows = _Rows()
+    rows = Rows()
     with warnings.catch_warnings():
         # The rows say what the warnings would.
         warnings.simplefilter("ignore", ImplicitDiffWarning)
@@ -166,7 +97,7 @@ def check(problem: Problem, *inputs: Any, in_dims: Any = 0) -> CheckReport:
 
 
 def _residuals(
-    rows: _Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
+    rows: Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
 ) -> None:
     """Status, stationarity, feasibility, multipliers, denormal numbers."""
     assert isinstance(solution.status, Tensor)  # the layer's solutions have one
@@ -246,7 +177,7 @@ def _ratio(size: Tensor, scale: Tensor) -> float:
 
 
 def _derivatives(
-    rows: _Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
+    rows: Rows, problem: Problem, inputs: Sequence[Any], in_dims: Any, planned: Planned, solution: Solution
 ) -> None:
     """LICQ, second order, finite differences, structured against dense, the user's own vjp."""
     twin = double(problem)
@@ -298,7 +229,7 @@ def _made_consistent(inputs: Sequence[Any], reference: Reference) -> tuple[Any, 
     return tuple(pytree.tree_map(lambda leaf: leaf + next(change) if floating(leaf) else leaf, tuple(inputs)))
 
 
-def _regularity(rows: _Rows, reference: Reference, planned: Planned) -> None:
+def _regularity(rows: Rows, reference: Reference, planned: Planned) -> None:
     """LICQ and the second-order condition, the worst sample of each."""
     samples = [reference.matrices(b) for b in range(reference.declared.batch)]
     if reference.declared.constraints:
@@ -362,7 +293,7 @@ def _layer_gradients(
 
 
 def _own_vjp(
-    rows: _Rows,
+    rows: Rows,
     problem: Problem,
     u: Any,
     v: Any,

@@ -4,20 +4,27 @@ In: a problem, inputs, names of backwards. Out: a frozen `Comparison`: error, ti
 each. Times are taken in alternation with one thread; `contest.py` runs one row. See also `meter.py`.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from implicitdiff.diagnostics.contest import Row, contest
+from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.meter import format_bytes
 from implicitdiff.diagnostics.tables import number, pairs, require_matplotlib, seconds, table
 from implicitdiff.errors import OptionError
 from implicitdiff.plan import BACKWARDS
 from implicitdiff.problem import Problem, require_problem
+
+if TYPE_CHECKING:
+    from implicitdiff.combinatorial import DiscreteLayer, Estimator, Solver
+    from implicitdiff.diagnostics.discrete.compare import DiscreteComparison
 
 DEFAULT = ("hand", "auto", "dense", "unrolled")
 
@@ -133,6 +140,7 @@ def _verdict(rows: Sequence[Row]) -> str:
     return text + (f"; not the gradient: {', '.join(wrong)}" if wrong else "")
 
 
+@overload
 def compare(
     problem: Problem,
     *inputs: Any,
@@ -143,7 +151,27 @@ def compare(
     rounds: int = 9,
     memory_limit: int = 4 * 2**30,
     flop_limit: float = 2e12,
-) -> Comparison:
+) -> Comparison: ...
+@overload
+def compare(
+    problem: DiscreteLayer | Solver,
+    *inputs: Any,
+    in_dims: Any = 0,
+    backwards: Sequence[Estimator] = (),
+    cotangent: Any = None,
+    rounds: int = 9,
+) -> DiscreteComparison: ...
+def compare(
+    problem: Problem | DiscreteLayer | Solver,
+    *inputs: Any,
+    in_dims: Any = 0,
+    backwards: Sequence[Any] = DEFAULT,
+    cotangent: Any = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    rounds: int = 9,
+    memory_limit: int = 4 * 2**30,
+    flop_limit: float = 2e12,
+) -> Comparison | DiscreteComparison:
     """Run several backward passes of one problem at the same solution and compare them.
 
     The problem is solved once; every backward starts from that u, with the same cotangent, through the layer.
@@ -155,11 +183,13 @@ def compare(
     times: call torch.set_flush_denormal(True) before.
 
     Args:
-        problem: The declared problem.
+        problem: The declared problem. Of a `DiscreteLayer` or a discrete solver estimators are compared: see
+            `diagnostics/discrete/compare.py`; `sweep` and the limits do not apply.
         inputs: As for the layer. With `sweep`: one function that makes them, `make(**setting) -> tuple of
             inputs`.
         in_dims: As for the layer.
-        backwards: Names as for the layer's `backward=`; the ratio is taken to the first that runs.
+        backwards: Names as for the layer's `backward=` (of a discrete layer: estimators); the ratio is taken
+            to the first that runs.
         cotangent: A pytree like u; None: standard normal numbers, seeded.
         sweep: {name: values}: compare at every combination, as `compare(p, lambda n: (torch.randn(8, 3, n),),
             sweep={"n": [16, 64, 256]})`.
@@ -175,7 +205,15 @@ def compare(
         OptionError: An unknown backward, or a sweep without a function.
         ImplicitDiffError: The problem cannot be solved for these inputs.
     """
-    require_problem(problem)
+    layer = as_discrete(problem)
+    if layer is not None:
+        from implicitdiff.diagnostics.discrete.compare import compare_discrete
+
+        if sweep is not None:
+            raise OptionError("sweep= is not there for discrete layers: call compare for each setting")
+        chosen = () if backwards is DEFAULT else tuple(backwards)
+        return compare_discrete(layer, inputs, in_dims, chosen, cotangent, rounds)
+    problem = require_problem(problem)
     for name in backwards:
         if name not in BACKWARDS:
             raise OptionError(f"backwards={name!r} does not exist; choose from {', '.join(BACKWARDS)}")

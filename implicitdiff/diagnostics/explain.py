@@ -6,11 +6,14 @@ as LaTeX, as HTML or as a picture. The findings are those of `plan.analysis`; th
 `backward_cost.py`.
 """
 
+from __future__ import annotations
+
 import html
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from implicitdiff.diagnostics.backward_cost import BackwardCost, backward_cost
+from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, plan_of
 from implicitdiff.diagnostics.latex import derivation_in_latex
 from implicitdiff.diagnostics.meter import format_bytes
@@ -18,6 +21,10 @@ from implicitdiff.diagnostics.tables import pairs, require_matplotlib
 from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.structure.report import MatrixReport
+
+if TYPE_CHECKING:
+    from implicitdiff.combinatorial import DiscreteLayer, Solver
+    from implicitdiff.diagnostics.discrete.explain import DiscreteExplanation
 
 
 class Step(NamedTuple):
@@ -171,21 +178,34 @@ class Explanation:
         )
 
 
-def explain(problem: Problem, *inputs: Any, in_dims: Any = 0) -> Explanation:
+@overload
+def explain(problem: Problem, *inputs: Any, in_dims: Any = 0) -> Explanation: ...
+@overload
+def explain(problem: DiscreteLayer | Solver, *inputs: Any, in_dims: Any = 0) -> DiscreteExplanation: ...
+def explain(
+    problem: Problem | DiscreteLayer | Solver, *inputs: Any, in_dims: Any = 0
+) -> Explanation | DiscreteExplanation:
     """Derive the backward pass of a problem for inputs of these shapes and report it; nothing is solved.
 
     Args:
-        problem: The declared problem.
+        problem: The declared problem; or a `DiscreteLayer`, or a discrete solver (with Identity), for which the
+            report names the estimator, the projection, why it is valid, and the solver calls.
         inputs: As for the layer; tensors on the meta device, which have shapes and no data, will do.
         in_dims: As for the layer.
 
     Returns:
-        Explanation. Cost: one trace and one plan (kept for the layer), and the shapes of one backward pass.
+        Explanation, or DiscreteExplanation. Cost: one trace and one plan (kept for the layer), and the shapes of
+        one backward pass.
 
     Raises:
         ImplicitDiffError: The problem or the inputs are refused at the door.
     """
-    require_problem(problem)
+    layer = as_discrete(problem)
+    if layer is not None:
+        from implicitdiff.diagnostics.discrete.explain import explain_discrete
+
+        return explain_discrete(layer, inputs, in_dims)
+    problem = require_problem(problem)
     planned = plan_of(problem, inputs, in_dims)
     return _explanation(problem, planned, backward_cost(problem, planned))
 

@@ -212,9 +212,35 @@ class System:
         return torch.where(torch.isfinite(estimate).all(1, keepdim=True), estimate, 0)
 
     def solve(
+        self,
+        point: Point,
+        top: Tensor,
+        bottom: Tensor,
+        shift: Tensor | None,
+        asked: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(w, s, status) with [[H + shift I, -A'], [-A, 0]] (w, s) = (top, bottom), everything flat.
+
+        A matrix with a shift is another expression than one without, and its solution may differ in the last bits: a
+        sample without a shift that stands beside one with a shift is solved without it. `asked` (B,) are the samples
+        whose answer matters; None: all.
+        """
+        if shift is None:
+            return self._solve(point, top, bottom, None)
+        shifted = self._solve(point, top, bottom, shift)
+        plain = shift == 0 if asked is None else (shift == 0) & asked
+        if not bool(plain.any()):
+            return shifted
+        w, s, status = self._solve(point, top, bottom, None)
+        return (
+            torch.where(plain[:, None], w, shifted[0]),
+            torch.where(plain[:, None], s, shifted[1]),
+            torch.where(plain, status, shifted[2]),
+        )
+
+    def _solve(
         self, point: Point, top: Tensor, bottom: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(w, s, status) with [[H + shift I, -A'], [-A, 0]] (w, s) = (top, bottom), everything flat."""
         variables, lam = self.leaves(point.u, point.multipliers)
         w, s, status = self.plan.kkt_solve(
             variables,

@@ -199,7 +199,11 @@ class Newton:
         curvature: Tensor | None = None
         for attempt in range(16):
             w, s, status = system.solve(
-                point, -point.gradient, point.constraint, shift if bool((shift > 0).any()) else None
+                point,
+                -point.gradient,
+                point.constraint,
+                shift if bool((shift > 0).any()) else None,
+                ~settled,
             )
             finite = torch.isfinite(w).all(1) & torch.isfinite(s).all(1)
             slope, needed = slope_along(point, w, s, penalty)
@@ -305,5 +309,6 @@ class Newton:
             torch.zeros_like(point.u),
             torch.where(bent[:, None], trial.constraint, 0),
             shift if bool((shift > 0).any()) else None,
+            bent,
         )
         return system.evaluate(trial.u + torch.where(bent[:, None], w, 0), trial.multipliers)

@@ -81,12 +81,13 @@ class Factorization(abc.ABC):
             all the same is OK.
         definite: (B,) bool, True where the matrix was proved positive definite; None where the solver cannot
             tell.
-        cancelled: whether a subtraction in the factorisation lost digits, so that a refinement is worth its cost.
+        cancelled: where a subtraction in the factorisation lost digits, so that a refinement is worth its cost: (B,)
+            bool, or one value for all samples.
     """
 
     status: Tensor
     definite: Tensor | None = None
-    cancelled: bool = False
+    cancelled: Tensor | bool = False
 
     @abc.abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:
@@ -212,7 +213,8 @@ def blank(solution: Tensor, rhs: Tensor, lost: Tensor) -> Tensor:
     """
     silent = (rhs == 0).all(-1, keepdim=True)
     filler = torch.where(silent, 0.0, torch.nan).to(solution.dtype)
-    return torch.where(lost[..., None], filler, solution)
+    # In this order the result has the layout of the solution, on which the bits of later products may depend.
+    return torch.where(~lost[..., None], solution, filler)
 
 
 def relative_residual(operator: LinearOperator, solution: Tensor, rhs: Tensor) -> Tensor:

@@ -61,13 +61,13 @@ class DiagonalFactorization(Factorization):
         """Keep the diagonal, (B, m) or (B, 1)."""
         bad, self.definite = examine(diagonal)
         self._diagonal = diagonal
-        self._has_bad = bool(bad.any())
+        self._bad = bad[:, None] if bool(bad.any()) else None
         self.status = torch.where(bad, int(Status.SINGULAR), int(Status.OK)).to(torch.int8)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return rhs / d, (..., B, m)."""
         solution = rhs / self._diagonal
-        return torch.where(rhs == 0, 0.0, solution) if self._has_bad else solution
+        return solution if self._bad is None else torch.where(self._bad & (rhs == 0), 0.0, solution)
 
 
 class Divide(LinearSolver):

@@ -84,8 +84,9 @@ def iterate(
         limit: the largest number of steps; the iteration gives up early where its rate predicts half as many again.
 
     Returns:
-        The solutions. Rows that are exactly zero give exactly zero. Rows that converge before the others go on, which
-        changes rounding only. Cost: one product and about 15 operations on vectors a step, one number read.
+        The solutions. Rows that are exactly zero give exactly zero. Rows of one sample that converge before the others
+        go on, which changes rounding only; samples stop each for itself, so that none sees another. Cost: one product
+        and about 15 operations on vectors a step, one number read.
     """
     tiny, stop = torch.finfo(rhs.dtype).tiny, tolerance**2
     # Scaled to a largest entry of 1: squares of tiny cotangents would underflow in float32.
@@ -105,27 +106,56 @@ def iterate(
         scaled = residual if inverse is None else residual * inverse
         following = (residual * scaled).sum(-1, keepdim=True)
         left = following / start
-        worst = float(left.amax())
+        worst = left.amax(1, keepdim=True)
         if steps == 0:
             solution, shortcut = along * direction, along
-            enough = stop / min(1.0, 4.0 * rhs.shape[-1] * worst) if worst > 0.0 else stop
+            enough = _enough(worst, 4.0 * rhs.shape[-1], stop, tiny)
         else:
             solution.addcmul_(along, direction)
         steps += 1
-        if worst <= enough or not _promising(worst, enough, steps, limit):
+        lowest, highest = _range(worst, enough)
+        if highest <= 1.0 or steps >= limit:
             break
+        if steps >= 3 or not (lowest > 1.0 and highest < math.inf):
+            # A sample with a length of 0 stays where it is.
+            going = (worst > enough) & (worst <= _rate(enough, steps, limit))
+            if not bool(going.any()):
+                break
+            following = torch.where(going, following, 0.0)
         turn = following / length.clamp_(min=tiny)
         direction = torch.addcmul(scaled, turn, direction)
         length = following
-    if enough > stop:
-        solution.addcmul_(shortcut, scaled)
-    return Iteration(solution.mul_(size), None if worst <= enough else left[..., 0] <= enough, steps)
+    solution.addcmul_(shortcut * (enough > stop), scaled)
+    return Iteration(solution.mul_(size), None if highest <= 1.0 else (left <= enough)[..., 0], steps)
 
 
-def _promising(worst: float, stop: float, steps: int, limit: int) -> bool:
-    """Return whether the rate so far reaches ``stop`` within the limit, half as many steps again allowed for."""
-    if not worst < math.inf or steps >= limit:
-        return False
-    if steps < 3:
-        return True
-    return worst < 1.0 and steps * math.log(stop) / math.log(worst) <= 1.5 * limit
+def lost_samples(found: Iteration, unfit: Tensor | None) -> Tensor:
+    """Return which samples (B,) have a row that did not converge, or were not fit for the iteration."""
+    lost = found.solution.new_zeros(len(found.solution), dtype=torch.bool)
+    if found.converged is not None:
+        lost = ~found.converged.all(1)
+    return lost if unfit is None else lost | unfit
+
+
+def _enough(worst: Tensor, spread: float, stop: float, tiny: float) -> Tensor | float:
+    """Return what each sample's residual may end at, (B, 1, 1), or one number for a single sample."""
+    if worst.numel() == 1:
+        return stop / min(1.0, max(spread * float(worst), tiny))
+    return stop / (spread * worst).clamp_(min=tiny, max=1.0)
+
+
+def _range(worst: Tensor, enough: Tensor | float) -> tuple[float, float]:
+    """Return the least and the largest of worst / enough; NaN where there is one."""
+    if isinstance(enough, float):
+        ratio = float(worst) / enough
+        return ratio, ratio
+    lowest, highest = torch.aminmax(worst / enough)
+    return float(lowest), float(highest)
+
+
+def _rate(enough: Tensor | float, steps: int, limit: int) -> Tensor | float:
+    """Return what the residual must be by now if the rate so far is to reach ``enough`` within the limit.
+
+    Half as many steps again are allowed for, and the first three tell nothing.
+    """
+    return 1e300 if steps < 3 else enough ** (steps / (1.5 * limit))

@@ -18,6 +18,7 @@ from implicitdiff.solvers.iteration import (
     STEP_OPERATIONS,
     break_even,
     iterate,
+    lost_samples,
     probe_row,
     step_tolerance,
 )
@@ -48,12 +49,15 @@ class LowRankIteration(Factorization):
         width = operator.diagonal.shape[1]
         self._limit = _step_limit(operator.batch, operator.size, operator.rank, width, operator.dtype)
         self._inverse: Tensor | None = None
+        self._unfit: Tensor | None = None
         self._whole: Factorization | None = None
         if operator.diagonal.shape[1] > 1:
-            if bool((operator.diagonal > 0).all()):
-                self._inverse = operator.diagonal.reciprocal()[:, None]
-            else:
-                self._whole = direct.factor(operator)
+            positive = operator.diagonal > 0
+            self._inverse = operator.diagonal.reciprocal()[:, None]
+            if not bool(positive.all()):
+                self._unfit = ~positive.all(1)
+                if len(positive) == 1 or bool(self._unfit.all()):
+                    self._whole = direct.factor(operator)
         self.steps = 0
         self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
         if self._whole is not None:
@@ -72,19 +76,22 @@ class LowRankIteration(Factorization):
         rows = to_rows(rhs, own)
         probe = probe_row(operator.size, operator.dtype, operator.device)
         given = torch.cat([rows, probe.expand(own, 1, -1)], dim=1)
+        if self._unfit is not None:
+            given = torch.where(self._unfit[:, None, None], 0.0, given)
         found = iterate(self._product, given, self._inverse, self._tolerance, self._limit)
         self.steps = found.steps
         solution = from_rows(found.solution[:, :-1], rhs.shape)
-        return solution if found.converged is None else self._solve_directly(rhs, solution, found.converged)
+        if found.converged is None and self._unfit is None:
+            return solution
+        return self._solve_directly(rhs, solution, lost_samples(found, self._unfit))
 
     def _product(self, rows: Tensor) -> Tensor:
         operator = self._operator
         inner = rows_times(rows, operator.left).mul_(operator.weights[:, None])
         return rows_times(inner, operator.left.mT).addcmul_(operator.diagonal[:, None], rows)
 
-    def _solve_directly(self, rhs: Tensor, solution: Tensor, converged: Tensor) -> Tensor:
+    def _solve_directly(self, rhs: Tensor, solution: Tensor, lost: Tensor) -> Tensor:
         """Solve the samples that did not converge by the direct solver, and keep its verdict."""
-        lost = ~converged.all(1)
         if bool(lost.all()):
             self._whole = self._direct.factor(self._operator)
             self.status = self._whole.status

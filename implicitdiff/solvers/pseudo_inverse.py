@@ -74,14 +74,16 @@ class EigenFactorization(ColumnFactorization):
 
 
 def _kernel_basis(vectors: Tensor, sizes: Tensor, deficiency: Tensor) -> Tensor:
-    """Return orthonormal columns (B, m, q) that span each sample's kernel, padded by zero columns."""
-    most = int(deficiency.max()) if deficiency.numel() else 0
-    order = sizes.argsort(-1)[:, :most]
+    """Return orthonormal columns (B, m, m) that span each sample's kernel, padded by zero columns.
+
+    All m of them, since the bits of a product may depend on their number, and one sample's must not on another's.
+    """
+    order = sizes.argsort(-1)
     chosen = vectors.gather(-1, order[:, None, :].expand(-1, vectors.shape[1], -1))
     basis = torch.linalg.qr(chosen)[0]
     # Each sample's own null vectors come first, and Q's leading columns span the leading columns of its
     # input.
-    own = torch.arange(most, device=vectors.device) < deficiency[:, None]
+    own = torch.arange(sizes.shape[-1], device=vectors.device) < deficiency[:, None]
     return basis * own[:, None, :]
 
 

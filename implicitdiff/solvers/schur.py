@@ -28,14 +28,15 @@ from implicitdiff.solvers.elimination import PairElimination, Split, corner_entr
 from implicitdiff.solvers.formation import formation_cost
 from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.lu import LUFactorization
+from implicitdiff.solvers.mixed import Mixed, PlainFactorization, plain_first
 from implicitdiff.solvers.widened import CANCELLED, LOST, WidenedFactorization, widened
 
 
-class PlainSchurFactorization(Factorization):
+class PlainSchurFactorization(PlainFactorization):
     """The same for two diagonal corners, as if all were well: one product, one Cholesky factorisation, one look.
 
     S is lifted along the proved null vector by the mean of its own corner, which is known before S is. ``sound`` says
-    whether all was well indeed: D positive, no entry of the corner cancelled by more than three quarters, no pivot
+    where all was well indeed: D positive, no entry of the corner cancelled by more than three quarters, no pivot
     small.
     """
 
@@ -52,29 +53,30 @@ class PlainSchurFactorization(Factorization):
         complement = torch.baddbmm(lifted, coupling * pair.inverse[:, None], coupling.mT, alpha=-1)
         complement.diagonal(dim1=-2, dim2=-1).add_(corner)
         self._factor, info = torch.linalg.cholesky_ex(complement)
-        self.sound = self._is_sound(complement, lifted, corner, pair.inverse, info)
+        self.sound = self._find_sound(complement, lifted, corner, pair.inverse, info)
         self.status = info.to(torch.int8)  # 0 where it is sound
 
-    def _is_sound(
+    def _find_sound(
         self, complement: Tensor, lifted: Tensor, corner: Tensor, inverse: Tensor, info: Tensor
-    ) -> bool:
+    ) -> Tensor | None:
         # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
         squares = self._factor.diagonal(dim1=-2, dim2=-1).square()
         lift = lifted[:, :, 0] if lifted.shape[-1] == 1 else lifted.diagonal(dim1=-2, dim2=-1)
-        if bool(info.any()):
-            return False
-        # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
-        margin = squares - torch.add(lift, corner, alpha=CANCELLED)
-        if bool((torch.minimum(margin.amin(), inverse.amin()) > 0).all()):
-            return True
-        good = (inverse > 0).all()
+        failed = bool(info.any())
+        if not failed:
+            # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
+            margin = squares - torch.add(lift, corner, alpha=CANCELLED)
+            if bool((torch.minimum(margin.amin(), inverse.amin()) > 0).all()):
+                return None
+        good = (inverse > 0).all(-1)
         kept = complement.diagonal(dim1=-2, dim2=-1) - lift > CANCELLED * corner
         regular = squares > suspicion_level(corner.dtype) * corner
-        return bool((good & kept.all() & regular.all()).all())
+        sound = good & kept.all(-1) & regular.all(-1) & (info == 0)
+        return None if bool(sound.all()) else sound
 
     @cached_property
     def definite(self) -> Tensor:  # type: ignore[override]
-        """True for all samples: only sound factorisations are handed out."""
+        """True for all samples that are sound; the others are not looked at."""
         return torch.ones_like(self.status, dtype=torch.bool)
 
     def solve(self, rhs: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class SchurFactorization(Factorization):
         self._lost: Tensor | None = None
         definite = positive
         self._complement: ColumnFactorization | None = None
-        self.lost_digits = False
+        self.lost_digits: Tensor | None = None
         if split.remaining:
             definite = self._factor_complement() & positive
         self._whole: ColumnFactorization | None = None
@@ -130,8 +132,11 @@ class SchurFactorization(Factorization):
         complement, original = schur_complement(operator, split, self._inverse)
         left_over = complement.diagonal(dim1=-2, dim2=-1)
         # All of it is left where nothing was subtracted; a transport plan close to a vertex leaves nearly nothing.
-        self.cancelled = not bool((left_over.abs() >= CANCELLED * original).all())
-        self.lost_digits = self.cancelled and not bool((left_over.abs() >= LOST * original).all())
+        cancelled = ~(left_over.abs() >= CANCELLED * original).all(-1)
+        if bool(cancelled.any()):
+            self.cancelled = cancelled.expand(operator.batch)
+            lost = ~(left_over.abs() >= LOST * original).all(-1)
+            self.lost_digits = lost.expand(operator.batch) if bool(lost.any()) else None
         mean = left_over.mean(-1)
         # A KKT matrix leaves -A H^-1 A' here: negative definite, so its negative goes to Cholesky.
         small = suspicion_level(operator.dtype) * original.mean(-1)
@@ -273,10 +278,7 @@ class Schur(LinearSolver):
     def factor(self, operator: LinearOperator) -> Factorization:
         """Return the factorisation: the plain one where it is sound."""
         if type(operator) is Block and is_pair(operator):
-            plain = PlainSchurFactorization(operator)
-            if plain.sound:
-                return plain
-            del plain
+            return plain_first(PlainSchurFactorization(operator), operator, super().factor)
         return super().factor(operator)
 
     def cost(self, operator: LinearOperator) -> Cost:
@@ -327,9 +329,14 @@ class Schur(LinearSolver):
         split = split_blocks(operator)
         assert split is not None
         factored = SchurFactorization(operator, split)
-        if not factored.lost_digits or operator.dtype == torch.float64:
+        if factored.lost_digits is None or operator.dtype == torch.float64:
             return factored
-        return WidenedFactorization(SchurFactorization(widened(operator), split))
+        samples = factored.lost_digits.nonzero()[:, 0]
+        if len(samples) == operator.batch:
+            return WidenedFactorization(SchurFactorization(widened(operator), split))
+        some = select_samples(operator, samples)
+        assert isinstance(some, Block)
+        return Mixed(factored, WidenedFactorization(SchurFactorization(widened(some), split)), samples)
 
 
 def _is_diagonal(corner: LinearOperator) -> bool:

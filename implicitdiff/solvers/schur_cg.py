@@ -26,9 +26,11 @@ from implicitdiff.solvers.iteration import (
     STEP_OPERATIONS,
     break_even,
     iterate,
+    lost_samples,
     probe_row,
     step_tolerance,
 )
+from implicitdiff.solvers.mixed import spread
 from implicitdiff.solvers.schur import Schur
 
 
@@ -61,9 +63,13 @@ class SchurIteration(Factorization):
         lowest = [inverse.amin() for inverse in (*inverses, self._inverse) if inverse.numel()]
         self.steps = 0
         self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self._unfit: Tensor | None = None
         self._whole: Factorization | None = None
         if lowest and not bool((torch.stack(lowest) > 0).all()):
-            self._take_whole()
+            unfit = [~(inverse > 0).flatten(1).all(1) for inverse in (*inverses, self._inverse)]
+            self._unfit = torch.stack(torch.broadcast_tensors(*unfit)).any(0).expand(operator.batch)
+            if bool(self._unfit.all()):
+                self._take_whole()
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return the solution (..., B, m); 4 e r flops a step for each right-hand side and for the probe."""
@@ -80,27 +86,30 @@ class SchurIteration(Factorization):
         given = torch.cat([left, probe.expand(left.shape[0], 1, -1)], dim=1)
         if kernel is not None:
             given = kernel.project(given)
+        if self._unfit is not None:
+            given = torch.where(self._unfit[:, None, None], 0.0, given)
         found = iterate(
             elimination.product, given, self._inverse, step_tolerance(operator.dtype), self._limit
         )
         self.steps = found.steps
         solution = elimination.substitute(parts, found.solution[:, :-1], shape)
-        return solution if found.converged is None else self._solve_directly(rhs, solution, found.converged)
+        if found.converged is None and self._unfit is None:
+            return solution
+        return self._solve_directly(rhs, solution, lost_samples(found, self._unfit))
 
     def _take_whole(self) -> None:
         self._whole = Schur().factor(self._operator)
         self.status, self.cancelled = self._whole.status, self._whole.cancelled
 
-    def _solve_directly(self, rhs: Tensor, solution: Tensor, converged: Tensor) -> Tensor:
+    def _solve_directly(self, rhs: Tensor, solution: Tensor, lost: Tensor) -> Tensor:
         """Solve the samples that did not converge by the direct solver, and keep its verdict."""
-        lost = ~converged.all(1)
         if bool(lost.all()):
             self._take_whole()
             assert self._whole is not None
             return self._whole.solve(rhs)
         samples = lost.nonzero()[:, 0]
         some = Schur().factor(select_samples(self._operator, samples))
-        self.cancelled = some.cancelled
+        self.cancelled = spread(some.cancelled, samples, self.status)
         self.status = self.status.index_copy(0, samples, some.status)
         return solution.index_copy(-2, samples, some.solve(rhs.expand(solution.shape)[..., samples, :]))
 

@@ -14,37 +14,25 @@ from implicitdiff.operators.products import batched_matvec, rows_times, weighted
 from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.lu import LUFactorization
+from implicitdiff.solvers.mixed import PlainFactorization, plain_first
 from implicitdiff.status import Status
 
 # Where the entries of D differ by more than this factor, the lemma cancels digits and the answer is refined.
 _UNEVEN = 1e3
 
 
-class WoodburyFactorization(Factorization):
-    """A^-1 b = y - D^-1 U t with y = D^-1 b and (I + C V' D^-1 U) t = C V' y, C = diag(c).
+class PlainWoodbury(PlainFactorization):
+    """The lemma as if all were well: D even, nothing small beside the rest.
 
-    C is never inverted, so zero weights need no care, and nothing is assumed about signs. Entries of D that
-    are exactly zero are lifted to tau and the lift is taken back by as many further columns, e_i (-tau) e_i',
-    in U. One step of iterative refinement follows where the entries of D are very uneven.
+    (E + U'D^-1 U E C) t = U'D^-1 b with E = I, or E = d I where D = d I, has the solution t = U'x (E = I) of A x = b.
+    Nothing is scaled, lifted or refined. ``sound`` says where that was right: pivots and the entries of E are held
+    against the largest entry of the matrix and of E, the size of the terms that may have cancelled.
     """
 
     def __init__(self, operator: LowRankPlusDiagonal) -> None:
         """Form and factor the k x k matrix: 2 m k^2 + 2/3 k^3 flops a sample."""
-        self._operator = self._lifted = operator
-        if not self._factor_plainly():
-            self._factor_carefully()
-
-    def _factor_plainly(self) -> bool:
-        """Factor as if all were well and return whether it was: D even, nothing small beside the rest.
-
-        (E + U'D^-1 U E C) t = U'D^-1 b with E = I, or E = d I where D = d I, has the solution t = U'x (E = I) of
-        A x = b. Pivots and the entries of E are held against the largest entry of the matrix and of E, the size of the
-        terms that may have cancelled. Nothing needs scaling, lifting or refining then.
-        """
-        operator = self._operator
+        self._operator = operator
         diagonal = operator.diagonal
-        if operator.rank == 0 or diagonal.numel() == 0:
-            return False
         uneven = diagonal.shape[1] > 1
         if uneven:
             self._inverse = diagonal.reciprocal()
@@ -52,11 +40,9 @@ class WoodburyFactorization(Factorization):
         else:
             gram = rows_times(operator.right_factor.mT, operator.left)
         matrix = gram * operator.weights[:, None]
-        if len(matrix) != operator.batch:
-            return False
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0 if uneven else diagonal)
         factor, order, info = torch.linalg.lu_factor_ex(matrix)
-        self._plain: tuple[Tensor, Tensor] | None = factor, order
+        self._factor = factor, order
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
         largest = matrix.abs().amax((-2, -1))[:, None]
@@ -68,14 +54,45 @@ class WoodburyFactorization(Factorization):
             size = diagonal.abs()
             bound = suspicion_level(operator.dtype) * torch.maximum(largest, size)
             fine = torch.minimum(smallest, size) > bound
-        self.status = info.to(torch.int8)  # 0 where no pivot is
-        return bool(fine.all())
+        self.status = info.to(torch.int8)  # 0 where it is sound
+        self.sound = None if bool(fine.all()) else fine[:, 0]
 
-    def _factor_carefully(self) -> None:
-        operator = self._operator
-        self._plain = None
+    @cached_property
+    def definite(self) -> Tensor | None:  # type: ignore[override]
+        """Whether A is positive definite, (B,); computed when first asked for."""
+        return _is_definite(self._operator, self.status == int(Status.OK))
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Return the solution (..., B, m); 4 m k + 2 k^2 flops a vector."""
+        operator, own = self._operator, self.status.shape[0]
+        batch = rhs.shape[-2] if own == 1 else own
+        if rhs.shape[-2] != batch:
+            rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
+        rows = to_rows(rhs, own)
+        uneven = operator.diagonal.shape[1] > 1
+        scaled = rows * self._inverse[:, None] if uneven else rows
+        inner = torch.linalg.lu_solve(*self._factor, rows_times(scaled, operator.right_factor).mT).mT
+        back = rows_times(inner * operator.weights[:, None], operator.left.mT)
+        if uneven:
+            return from_rows(scaled.addcmul_(back, self._inverse[:, None], value=-1), rhs.shape)
+        return from_rows((rows - back).div_(operator.diagonal[:, None]), rhs.shape)
+
+
+class WoodburyFactorization(Factorization):
+    """A^-1 b = y - D^-1 U t with y = D^-1 b and (I + C V' D^-1 U) t = C V' y, C = diag(c).
+
+    C is never inverted, so zero weights need no care, and nothing is assumed about signs. Entries of D that
+    are exactly zero are lifted to tau and the lift is taken back by as many further columns, e_i (-tau) e_i',
+    in U. One step of iterative refinement follows in the samples where the entries of D are very uneven.
+    """
+
+    def __init__(self, operator: LowRankPlusDiagonal) -> None:
+        """Form and factor the k x k matrix: 2 m k^2 + 2/3 k^3 flops a sample."""
+        self._operator = operator
         hopeless = torch.zeros_like(operator.diagonal[:, 0], dtype=torch.bool)
+        lifted = torch.zeros_like(hopeless)
         if bool((operator.diagonal == 0).any()):
+            lifted = (operator.diagonal == 0).any(-1)
             operator, hopeless = _lift_zeros(operator)
         self._lifted = operator
         self._inverse = operator.diagonal.reciprocal()
@@ -92,60 +109,49 @@ class WoodburyFactorization(Factorization):
         bad = self.status != int(Status.OK)
         self._lost = bad if bool(bad.any()) else None
         sizes = operator.diagonal.abs()
-        self._refine = (
-            bool((sizes.amax(-1) > _UNEVEN * sizes.amin(-1)).any()) or self._lifted is not self._operator
-        )
+        refined = (sizes.amax(-1) > _UNEVEN * sizes.amin(-1)) | lifted
+        self._refined = refined if bool(refined.any()) else None
 
     @cached_property
     def definite(self) -> Tensor | None:  # type: ignore[override]
-        """Whether A is positive definite, (B,); computed when first asked for, from a k x k matrix.
-
-        Haynsworth's inertia formula on [[D, U], [U', -C^-1]], scaled by |C|^1/2 so that zero weights stay:
-        A has neg(D) + pos(J + |C|^1/2 U' D^-1 U |C|^1/2) - pos(J) negative eigenvalues, J = diag(sign c) with
-        +1 as the sign of 0.
-        """
-        operator = self._lifted
-        if not operator.symmetric:
-            return None
-        root = operator.weights.abs().sqrt()
-        signs = torch.where(operator.weights < 0, -1.0, 1.0).to(root.dtype)
-        gram = weighted_product(operator.left.mT, operator.diagonal.reciprocal(), operator.left.mT)
-        inner = root[:, :, None] * gram * root[:, None, :] + torch.diag_embed(signs)
-        sound = self.status == int(Status.OK)
-        inner = torch.where(sound[:, None, None], inner, 0.0)
-        positive = (torch.linalg.eigvalsh(inner) > 0).sum(-1)
-        below = (operator.diagonal < 0).sum(-1) * (operator.size // operator.diagonal.shape[-1])
-        return sound & (below + positive == (signs > 0).sum(-1))
+        """Whether A is positive definite, (B,); computed when first asked for."""
+        return _is_definite(self._lifted, self.status == int(Status.OK))
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """Return the solution (..., B, m); 4 m k + 2 k^2 flops a vector."""
+        """Return the solution (..., B, m); 4 m k + 2 k^2 flops a vector, and as much again for a refinement."""
         own = self.status.shape[0]
         batch = rhs.shape[-2] if own == 1 else own
-        if rhs.shape[-2] != batch:
-            rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
-        if self._plain is not None:
-            return from_rows(self._apply_plainly(to_rows(rhs, own)), rhs.shape)
+        rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
         solution = self._apply(rhs)
-        if self._refine:
-            solution = solution + self._apply(rhs - self._operator.matvec(solution))
+        if self._refined is not None:
+            again = self._apply(rhs - self._operator.matvec(solution))
+            solution = torch.where(self._refined[:, None], solution + again, solution)
         return solution if self._lost is None else blank(solution, rhs, self._lost)
-
-    def _apply_plainly(self, rows: Tensor) -> Tensor:
-        assert self._plain is not None
-        operator = self._operator
-        uneven = operator.diagonal.shape[1] > 1
-        scaled = rows * self._inverse[:, None] if uneven else rows
-        inner = torch.linalg.lu_solve(*self._plain, rows_times(scaled, operator.right_factor).mT).mT
-        back = rows_times(inner * operator.weights[:, None], operator.left.mT)
-        if uneven:
-            return scaled.addcmul_(back, self._inverse[:, None], value=-1)
-        return (rows - back).div_(operator.diagonal[:, None])
 
     def _apply(self, rhs: Tensor) -> Tensor:
         operator = self._lifted
         scaled = rhs * self._inverse
         inner = self._capacity.solve(batched_matvec(operator.right_factor.mT, scaled) * operator.weights)
         return scaled - batched_matvec(operator.left, inner) * self._inverse
+
+
+def _is_definite(operator: LowRankPlusDiagonal, sound: Tensor) -> Tensor | None:
+    """Return whether A is positive definite, (B,), from a k x k matrix; None where it is not symmetric.
+
+    Haynsworth's inertia formula on [[D, U], [U', -C^-1]], scaled by |C|^1/2 so that zero weights stay: A has
+    neg(D) + pos(J + |C|^1/2 U' D^-1 U |C|^1/2) - pos(J) negative eigenvalues, J = diag(sign c) with +1 as the sign of
+    0.
+    """
+    if not operator.symmetric:
+        return None
+    root = operator.weights.abs().sqrt()
+    signs = torch.where(operator.weights < 0, -1.0, 1.0).to(root.dtype)
+    gram = weighted_product(operator.left.mT, operator.diagonal.reciprocal(), operator.left.mT)
+    inner = root[:, :, None] * gram * root[:, None, :] + torch.diag_embed(signs)
+    inner = torch.where(sound[:, None, None], inner, 0.0)
+    positive = (torch.linalg.eigvalsh(inner) > 0).sum(-1)
+    below = (operator.diagonal < 0).sum(-1) * (operator.size // operator.diagonal.shape[-1])
+    return sound & (below + positive == (signs > 0).sum(-1))
 
 
 def _lift_zeros(operator: LowRankPlusDiagonal) -> tuple[LowRankPlusDiagonal, Tensor]:
@@ -159,8 +165,9 @@ def _lift_zeros(operator: LowRankPlusDiagonal) -> tuple[LowRankPlusDiagonal, Ten
     lift = torch.where(hopeless, 1.0, operator.diagonal.abs().amax(-1)).to(operator.dtype)
     diagonal = torch.where(zero, lift[:, None], operator.diagonal)
     repair = zero & ~hopeless[:, None]
-    columns = int(repair.sum(-1).max()) if repair.numel() else 0
-    if columns == 0:
+    # As many columns as there can be zeros: the number must not depend on the samples, or their bits would.
+    columns = min(operator.rank, zero.shape[-1])
+    if not bool(repair.any()):
         return LowRankPlusDiagonal(diagonal, operator.left, operator.weights, operator.right), hopeless
     # The places of the zeros first, padded by arbitrary places whose weight is 0.
     chosen, places = repair.to(torch.int8).topk(columns, dim=-1)
@@ -202,6 +209,17 @@ class Woodbury(LinearSolver):
         peak = (max(scaled + small, 4 * small) + 3 * vector) * item
         return Cost(flops, moved * item, peak, 25 + batch * rank // PANEL)
 
-    def _factor(self, operator: LinearOperator) -> WoodburyFactorization:
+    def _factor(self, operator: LinearOperator) -> Factorization:
         assert isinstance(operator, LowRankPlusDiagonal)
+        diagonal = operator.diagonal
+        inner = [*operator.parameters()[1:], *([diagonal] if diagonal.shape[1] > 1 else [])]
+        # A k x k matrix that samples with diagonals of their own share would have to be repeated for them.
+        own = max(tensor.shape[0] for tensor in inner) == operator.batch
+        if own and operator.rank and diagonal.numel():
+            return plain_first(PlainWoodbury(operator), operator, _carefully)
         return WoodburyFactorization(operator)
+
+
+def _carefully(operator: LinearOperator) -> Factorization:
+    assert isinstance(operator, LowRankPlusDiagonal)
+    return WoodburyFactorization(operator)

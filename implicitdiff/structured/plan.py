@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
 from implicitdiff.status import Status
 from implicitdiff.structure.analyze import classify
-from implicitdiff.structure.probe import agree, direction
+from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
+from implicitdiff.structured import merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
 from implicitdiff.structured.outputs import Recipes, Way
+from implicitdiff.structured.probe import Probe
 from implicitdiff.structured.report import report
 from implicitdiff.structured.run import Run
 from implicitdiff.structured.writer import Writer, Written
@@ -74,6 +76,7 @@ class StructuredPlan:
         route = self.recipes.kkt.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null)
+        self.probe = Probe(self.recipes, self.writer, dense)
         floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
@@ -85,6 +88,7 @@ class StructuredPlan:
         self.analysis: Analysis = report(
             declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
         )
+        self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
 
@@ -168,13 +172,20 @@ class StructuredPlan:
         """K^-1 rhs along the ways, with the factorisations of `factor` if there is one."""
         values = {**point, **self.arguments.sides("rhs_u", "rhs_h", rhs_u, rhs_h)}
         shifted = "shift" in point
-        way: Way | None = self.recipes.first
-        while way is not None:
+
+        def attempt(way: Way) -> merge.Attempt[Leaves]:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
-            status = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
-            way = self._next(way, function, out, status)
-        lead, count = rhs_u[0].shape[:2], len(self.declared.variables)
+            verdict = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
+            return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
+
+        answer, status = self._settled(attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1))
+        count = len(self.declared.variables)
+        return answer[:count], answer[count:], status
+
+    def _pair(self, out: tuple[Any, ...], lead: torch.Size) -> Leaves:
+        """(*w, *s) with their leading axes (R, B), from the results of `kkt_solve`."""
+        count = len(self.declared.variables)
         w = tuple(
             x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
             for x, leaf in zip(out[:count], self.declared.variables, strict=True)
@@ -182,7 +193,7 @@ class StructuredPlan:
         s = self.arguments.joined(
             [b.expand(*lead, *b.shape[2:]) for b in out[count : count + len(self.declared.constraints)]], 2
         )
-        return w, s, status
+        return (*w, *s)
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
         return self.writer.function(
@@ -204,19 +215,41 @@ class StructuredPlan:
         names = function.emitted.results
         return dict(zip(names, function(point), strict=True)) if names else {}
 
-    def _next(self, way: Way, function: Written, out: tuple[Any, ...], status: Tensor) -> Way | None:
-        """What to try after `way`: refinements where digits cancelled, K as one matrix where H or S is singular.
+    def _settled(
+        self,
+        attempt: Callable[[Way], merge.Attempt[merge.A]],
+        mend: Callable[[Tensor, merge.A, merge.A], merge.A],
+    ) -> tuple[merge.A, Tensor]:
+        """The answer and the status along the ways; each sample keeps that of the first way that served it."""
+        tried = attempt(self.recipes.first)
+        answer, status = tried.answer, tried.status
+        further = self._next(self.recipes.first, tried, status)
+        while further is not None:
+            way, redo = further
+            tried = attempt(way)
+            answer, status = mend(redo, tried.answer, answer), torch.where(redo, tried.status, status)
+            further = self._next(way, tried, status)
+        return answer, status
 
-        The last is for a singular H with a regular K, and for constraints that depend on each other by their values;
-        a singular H that is banded is anchored first, where that leaves it banded.
+    def _next(self, way: Way, tried: merge.Attempt[merge.A], status: Tensor) -> tuple[Way, Tensor] | None:
+        """What to try after `way`, and for which samples (B,); the others keep what they have.
+
+        Refinements where digits cancelled, K as one matrix where H or S is singular: a singular H with a regular K, and
+        constraints that depend on each other by their values. A singular H that is banded is anchored first, where
+        that leaves it banded.
         """
-        found = function.emitted.results
-        if len(found) > 1 and found[-2] == "cancelled" and out[-2]:
-            return "refined"
+        found = tried.function.emitted.results
+        if len(found) > 1 and found[-2] == "cancelled":
+            cancelled = merge.flagged(tried.out[-2], len(status), status)
+            if cancelled is not None:
+                return "refined", cancelled
         whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
-        if whole or not bool(status.any()) or not bool((status == Status.SINGULAR).any()):
+        if whole or not bool(status.any()):
             return None
-        return "anchored" if way == "route" and self.recipes.anchor is not None else "full"
+        singular = status == Status.SINGULAR
+        if not bool(singular.any()):
+            return None
+        return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 
     def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
         if isinstance(status, Tensor) and status.dtype == torch.int8:
@@ -241,18 +274,19 @@ class StructuredPlan:
         given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         if isinstance(factor, StructuredFactor):
             with factor.lock:
-                found = self._pulled(given, tuple(needs), v_lam is not None, factor)
-            if found is not None:
-                return found
-        way: Way | None = self.recipes.first
-        while way is not None:
+                pulled = self._pulled(given, tuple(needs), v_lam is not None, factor)
+            if pulled is not None:
+                return pulled
+
+        def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
             if run.function.fragile and self._lost(run.function, out, u):
                 out = run.call((_off_zero(u), *given[1:]))
-            status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
-            way = self._next(way, run.function, out, status)
-        return run.gradients(out, theta), status
+            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
+
+        return self._settled(attempt, self._merged)
 
     def _pulled(
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
@@ -260,15 +294,21 @@ class StructuredPlan:
         """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
         u, lam, theta, v_u, v_lam = given
         values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("v", "v_lam", v_u, v_lam)}
-        way: Way | None = self.recipes.first
-        while way is not None:
+        moved = False
+
+        def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
+            nonlocal moved
             function, places = self._placed(way, needs, with_lam, given=True)
             out = function({**values, **factor.given(way)})
-            if function.fragile and self._lost(function, out, u):
-                return None
-            status = self._verdicts(out[-1], u[0].shape[0], u[0].device)
-            way = self._next(way, function, out, status)
-        return Run(function, (), places).gradients(out, theta), status
+            moved = moved or bool(function.fragile and self._lost(function, out, u))
+            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            return merge.Attempt(Run(function, (), places).gradients(out, theta), verdict, function, out)
+
+        found = self._settled(attempt, self._merged)
+        return None if moved else found
+
+    def _merged(self, redo: Tensor, new: merge.Gradients, old: merge.Gradients) -> merge.Gradients:
+        return merge.merged_gradients(redo, new, old, self._batched)
 
     def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> Run:
         """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
@@ -321,7 +361,7 @@ class StructuredPlan:
     def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
         """Whether the product tested on the first call with data differs from automatic differentiation."""
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
-            self._contradiction = not agree(*self._probe(u, lam, theta))
+            self._contradiction = not agree(*self.probe(u, lam, theta))
             if self._contradiction:
                 warnings.warn(
                     f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
@@ -330,25 +370,6 @@ class StructuredPlan:
                     stacklevel=2,
                 )
         return bool(self._contradiction)
-
-    def _probe(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Leaves]:
-        """K z for the first sample and a fixed z: by the forms, and by automatic differentiation."""
-        one_u, one_lam = tuple(t[:1] for t in u), tuple(t[:1] for t in lam)
-        if self.declared.constraints and not lam:
-            one_lam = tuple(u[0].new_zeros(1, *shape) for shape in self.declared.output_shapes)
-        one_theta = tuple(
-            t[:1] if leaf.placeholder.batched else t
-            for t, leaf in zip(theta, self.declared.theta, strict=True)
-        )
-        w = tuple(direction(t, 1.0 + k) for k, t in enumerate(one_u))
-        s = tuple(direction(t, 2.0 + k) for k, t in enumerate(one_lam))
-        stacked = self.arguments.sides("rhs_u", "rhs_h", tuple(t[None] for t in w), tuple(t[None] for t in s))
-        function = self.writer.function("probe", "kkt_product", "K (rhs_u, rhs_h)", self.recipes.kkt_product)
-        out = function({**self.arguments.point(one_u, one_lam, one_theta), **stacked})
-        on_u = tuple(x.expand(1, 1, *x.shape[2:]).reshape(t.shape) for x, t in zip(out, one_u, strict=False))
-        on_h = tuple(t[0] for t in self.arguments.joined(out[len(one_u) :], 2))
-        product_u, product_h = self.dense.lagrangian.kkt_product(one_u, one_lam, one_theta, w, s)
-        return (*on_u, *on_h), (*product_u, *product_h)
 
     # ---------------------------------------------------------------- the matrices
 

@@ -29,11 +29,12 @@ def bound(projection: object) -> co.Projection:
 
 
 PROJECTIONS = [*NAMES, co.Plane(draw(0, 3, 4)), co.Norm(co.Plane(draw(1, 3, 4))), co.Norm(eps=0.3), squared]
+IDS = [*NAMES, "a plane", "norm after a plane", "norm with eps", "a function"]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31))
-@pytest.mark.parametrize("projection", PROJECTIONS, ids=str)
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=IDS)
 def test_derivatives_are_those_of_torch(projection: object, seed: int) -> None:
     P = bound(projection)
     w, v = draw(seed, 2, 3, 4), draw(seed + 1, 2, 3, 4)

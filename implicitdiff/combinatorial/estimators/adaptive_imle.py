@@ -71,6 +71,21 @@ class AdaptiveIMLE(Estimator, nn.Module):
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=HOST))
         self.register_buffer("sparsity", torch.tensor(target, dtype=torch.float64, device=HOST))
 
+    @property
+    def draws(self) -> int:
+        """Samples drawn in training: without noise they are all the same, and there is one."""
+        return 1 if self.noise is None else self.samples
+
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return "dl/dw = mean of (y(w - e_s + lam g) - y(w - e_s)) / lam, lam = alpha |w| / |g|"
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (self.draws, (2 if self.central else 1) * self.draws)
+
     def forward(self, run: Pass, w: Tensor) -> tuple[Tensor, ...]:
         """(mean, e, samples); an estimator is called by the layer, not like a module."""
         return perturb_and_map(run, w, self.noise, self.samples)

@@ -30,6 +30,16 @@ class Blackbox(Estimator):
     def __post_init__(self) -> None:
         positive("lam", self.lam, self.name)
 
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return f"dl/dw = (y(w + {self.lam:.3g} g) - y(w)) / {self.lam:.3g}"
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (1, 1)
+
     def vjp(self, run: Pass, w: Tensor, y: Tensor, saved: Saved, g: Tensor) -> Tensor:
         """(y(w + lam g) - y) / lam."""
         return (run.oracle.moved(w, y, self.lam * g) - y) / self.lam

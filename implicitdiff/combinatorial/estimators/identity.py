@@ -38,6 +38,16 @@ class Identity(Estimator):
 
     smooth = True
 
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return "dl/dw = -P'(w)^T g"
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (1, 0)
+
     def bind(self, solver: Solver) -> Projection:
         """The projection for this solver."""
         return resolve(self.projection, solver)

@@ -65,6 +65,25 @@ class IMLE(Estimator):
         positive("lam", self.lam, self.name)
         check_samples(self.samples, self.name)
 
+    @property
+    def draws(self) -> int:
+        """Samples drawn in training: without noise they are all the same, and there is one."""
+        return 1 if self.noise is None else self.samples
+
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return (
+            "dl/dw = mean of y(w - e_s + lam g) - y(w - e_s)"
+            + (", divided by lam" if self.scale else "")
+            + f"; lam = {self.lam:.3g}"
+        )
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (self.draws, self.draws)
+
     def forward(self, run: Pass, w: Tensor) -> tuple[Tensor, ...]:
         """(mean, e, samples)."""
         return perturb_and_map(run, w, self.noise, self.samples)

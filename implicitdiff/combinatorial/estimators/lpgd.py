@@ -16,6 +16,11 @@ from implicitdiff.combinatorial.estimators.blackbox import positive
 from implicitdiff.errors import OptionError
 
 SIDES = ("right", "left", "both")
+_FORMULAS = {
+    "right": "dl/dw = (y(w + tau g) - y) / tau",
+    "left": "dl/dw = (y - y(w - tau g)) / tau",
+    "both": "dl/dw = (y(w + tau g) - y(w - tau g)) / tau / 2",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,18 @@ class LPGD(Estimator):
         positive("rho", self.rho, self.name, zero=True)
         if self.side not in SIDES:
             raise OptionError(f"side={self.side!r} of LPGD: one of {', '.join(SIDES)}")
+
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return _FORMULAS[self.side].replace("tau", f"{self.tau:.3g}") + (
+            f", proximal weight {self.rho:g}" if self.rho else ""
+        )
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (1, 2 if self.side == "both" else 1)
 
     def vjp(self, run: Pass, w: Tensor, y: Tensor, saved: Saved, g: Tensor) -> Tensor:
         """The quotient of the chosen side."""

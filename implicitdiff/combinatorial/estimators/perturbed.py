@@ -107,6 +107,16 @@ class Perturbed(Estimator):
         """The noise."""
         return Smoothing(self.sigma, self.samples, self.noise, self.multiplicative)
 
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return "dl/dw = mean of <y_m, g> times the score of w_m, unbiased for E y(w_m)"
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (self.samples, 0)
+
     def forward(self, run: Pass, w: Tensor) -> tuple[Tensor, ...]:
         """(mean, solutions, scores); in evaluation y(w) alone."""
         if not run.training:

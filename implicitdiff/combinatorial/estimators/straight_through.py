@@ -37,6 +37,20 @@ class StraightThrough(Estimator):
         if self.temperature is not None:
             positive("temperature", self.temperature, self.name)
 
+    @property
+    def formula(self) -> str:
+        """See `Estimator`."""
+        return (
+            "dl/dw = -g"
+            if self.temperature is None
+            else f"dl/dw = that of k softmax(-w / {self.temperature:.3g})"
+        )
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """See `Estimator`."""
+        return (1, 0)
+
     def forward(self, run: Pass, w: Tensor) -> tuple[Tensor, ...]:
         """(y(w - e), e, sum(y))."""
         e = torch.zeros_like(w)

@@ -1,0 +1,63 @@
+"""Several ways to the same answer, each sample keeping that of the first way that was good enough for it.
+
+In: the results of two ways, and which samples the second was tried for. Out: one result; a sample that needed no second
+way keeps its bits, whatever became of the others. Next file: `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from implicitdiff.structured.writer import Written
+
+Gradients = tuple[Tensor | None, ...]
+A = TypeVar("A")
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[A]):
+    """What one way gave.
+
+    Attributes:
+        answer: for the whole batch.
+        status: (B,) int8.
+        function: the emitted function.
+        out: its results.
+    """
+
+    answer: A
+    status: Tensor
+    function: Written
+    out: tuple[Any, ...]
+
+
+def merged_leaves(
+    redo: Tensor, new: Sequence[Tensor], old: Sequence[Tensor], axis: int
+) -> tuple[Tensor, ...]:
+    """`new` in the samples `redo` (B,), `old` in the others, for leaves whose batch axis is `axis`."""
+    return tuple(
+        torch.where(redo.reshape(*(1,) * axis, -1, *(1,) * (a.dim() - axis - 1)), a, b)
+        for a, b in zip(new, old, strict=True)
+    )
+
+
+def merged_gradients(redo: Tensor, new: Gradients, old: Gradients, batched: Sequence[bool]) -> Gradients:
+    """The same for gradients; that of a shared tensor is a sum over the batch, so that it comes from one way alone."""
+    return tuple(
+        merged_leaves(redo, [a], [b], 0)[0] if own and a is not None and b is not None else a
+        for a, b, own in zip(new, old, batched, strict=True)
+    )
+
+
+def flagged(flag: Tensor | bool, batch: int, like: Tensor) -> Tensor | None:
+    """A flag of a factorisation, one for all samples or (B,), as (B,) bool; None where it is set nowhere."""
+    if flag is False:
+        return None
+    if isinstance(flag, Tensor):
+        return flag.expand(batch) if bool(flag.any()) else None
+    return torch.ones_like(like, dtype=torch.bool)
