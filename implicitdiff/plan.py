@@ -32,6 +32,7 @@ from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
 from implicitdiff.structure.report import Analysis, Fallback, MatrixReport
 from implicitdiff.structured.plan import StructuredPlan
+from implicitdiff.structured.square import SquarePlan
 from implicitdiff.torch_private import clean_context
 
 Leaves = tuple[Tensor, ...]
@@ -201,7 +202,16 @@ def _build_square(trace: Trace, backward: str, linear_solver: str, shown: Sequen
     if backward == "approximate":
         return OneStepPlan(trace, unstructured(trace, "scaled-identity", "divide", fallbacks))
     large = _dense_bytes(trace) > DENSE_BYTES
-    if backward == "matrix-free" or linear_solver == "gmres" or large:
+    if backward == "matrix-free":
+        return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
+    dense = EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+    if backward == "dense":
+        return dense
+    try:
+        return SquarePlan(trace, linear_solver, dense, shown)
+    except Unsupported as refusal:
+        fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
+    if large:
         return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
     return EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 

@@ -67,7 +67,7 @@ class Pair(idf.FixedPoint):
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def cubic_inputs(batch: int = 2) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from implicitdiff.operators.block import Block
 from implicitdiff.operators.block_diagonal import BlockDiagonal
 from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
+from implicitdiff.operators.general import general
 from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.low_rank import LowRankPlusDiagonal
 from implicitdiff.operators.matrix_free import MatrixFree
@@ -29,5 +30,6 @@ __all__ = [
     "MatrixFree",
     "ScaledIdentity",
     "Zero",
+    "general",
     "select_samples",
 ]

@@ -5,7 +5,7 @@ In: `Declared`, the form of H, the KKT solve in symbols. Out: a `Recipe` for eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -16,6 +16,7 @@ from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
 from implicitdiff.kkt import lowering
+from implicitdiff.kkt.route import Route
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
 from implicitdiff.structure import banded
 from implicitdiff.structure.forms import Entry, Form
@@ -23,8 +24,9 @@ from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
 from implicitdiff.structured.writer import Recipe
 
-Way = Literal["route", "refined", "anchored", "full"]
-"""How K is solved: by the route, by the route with refinements, with H + rho A'A in place of H, or as one matrix."""
+Way = Literal["route", "refined", "anchored", "full", "transposed"]
+"""How K is solved: by the route, by the route with refinements, with H + rho A'A in place of H, or as one matrix; for a
+system of equations with J, or with J'."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Recipes:
         self.linear_solver, self.dtype = linear_solver, dtype
         self.arguments = Arguments(declared)
         self.kkt = SymbolicKKT(declared, form, linear_solver, dtype)
+
+    @property
+    def route(self) -> Route:
+        """How K is solved."""
+        return self.kkt.route
 
     # ---------------------------------------------------------------- the point
 
@@ -125,7 +132,7 @@ class Recipes:
         Differences do not see a constant: their H is singular, and K regular as soon as one entry is held. In exact
         arithmetic the solution of the KKT system is the same for every rho; it is chosen to add about as much as H has.
         """
-        if self.form.kind != "banded" or self.kkt.route.name != "numeric":
+        if self.form.kind != "banded" or self.route.name != "numeric":
             return None
         build, declared = self.build, self.declared
         like = build.self_ref(declared.variables[0].node)
@@ -228,22 +235,30 @@ class Recipes:
         held_s = [build.hold(ref) for ref in s]
         gradients = declared.input_gradients(held_w, held_s)
         zeros = [] if with_lam else self._feasible_sums(held_w)
+        outputs = self._gradient_outputs(gradients, wanted, -sign, zeros)
+        flags = self._cancelled(kkt)
+        first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
+        verdict = self._status(status, [*held_w, *held_s], BATCHED)
+        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {})
+
+    def _gradient_outputs(
+        self, gradients: Mapping[int, Ref], wanted: Sequence[bool], sign: float, zeros: Sequence[Ref]
+    ) -> list[Output]:
+        """The gradients that are wanted and not 0, times the sign; the large ones last."""
+        declared, build = self.declared, self.build
         outputs = []
         for need, leaf in zip(wanted, declared.theta, strict=True):
             ref = gradients.get(leaf.node.id)
             if not need or ref is None:
                 continue
-            (ref,) = build.replaced([self._signed(ref, -sign)], zeros)
+            (ref,) = build.replaced([self._signed(ref, sign)], zeros)
             if build.is_zero(ref):
                 continue
             if not leaf.placeholder.batched:
                 ref = build.con(ref, (), over_batch=True)
             outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
         outputs.sort(key=lambda o: len(o.order))
-        flags = self._cancelled(kkt)
-        first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
-        verdict = self._status(status, [*held_w, *held_s], BATCHED)
-        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {})
+        return outputs
 
     def _signed(self, ref: Ref, sign: float) -> Ref:
         """+-ref; a sum takes the sign in its terms."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
 from implicitdiff.status import Status
 from implicitdiff.structure.analyze import classify
+from implicitdiff.structure.forms import Form
 from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
 from implicitdiff.structured import merge
@@ -50,6 +51,9 @@ class StructuredPlan:
         dense: the plan that answers where this one must not.
     """
 
+    document: ClassVar[str] = "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)"
+    """What the emitted backward pass says that it computes."""
+
     def __init__(
         self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
     ) -> None:
@@ -70,10 +74,9 @@ class StructuredPlan:
         outputs = () if trace.equality is None else trace.equality.output_shapes
         self.declared = Declared(program, [tuple(shape) for shape in outputs])
         declared = self.declared
-        form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
-        self.recipes = Recipes(self.declared, form, linear_solver, dtype)
+        form, self.recipes = self._derived(linear_solver, dtype)
         self.arguments = self.recipes.arguments
-        route = self.recipes.kkt.route
+        route = self.recipes.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null)
         self.probe = Probe(self.recipes, self.writer, dense)
@@ -85,12 +88,22 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = report(
-            declared, form, route, code.emitted.source, anchored=self.recipes.first == "anchored"
-        )
+        self.analysis: Analysis = self._reported(form, code.emitted.source)
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
+
+    def _derived(self, linear_solver: str, dtype: torch.dtype) -> tuple[Form, Recipes]:
+        """The form of H, and what the emitted functions compute."""
+        declared = self.declared
+        terms, written = declared.hessian_terms, declared.written_hessian_terms
+        form = classify(declared.build, declared.space, terms, written)
+        return form, Recipes(declared, form, linear_solver, dtype)
+
+    def _reported(self, form: Form, code: str) -> Analysis:
+        """What was found."""
+        anchored = self.recipes.first == "anchored"
+        return report(self.declared, form, self.recipes.route, code, anchored=anchored)
 
     # ---------------------------------------------------------------- the point
 
@@ -243,7 +256,7 @@ class StructuredPlan:
             cancelled = merge.flagged(tried.out[-2], len(status), status)
             if cancelled is not None:
                 return "refined", cancelled
-        whole = way == "full" or self.recipes.kkt.route.name == "full" or not self.declared.constraints
+        whole = way == "full" or self.recipes.route.name == "full" or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
         singular = status == Status.SINGULAR
@@ -340,7 +353,7 @@ class StructuredPlan:
         return self.writer.function(
             ("vjp", way, wanted, with_lam, given),
             "backward",
-            "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
+            self.document,
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 
