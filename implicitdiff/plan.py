@@ -31,6 +31,8 @@ from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
 from implicitdiff.structure.report import Analysis, Fallback, MatrixReport
+from implicitdiff.structured.hook import DeclaredHessian, declared_hessian
+from implicitdiff.structured.hybrid import HybridPlan
 from implicitdiff.structured.plan import StructuredPlan
 from implicitdiff.structured.square import SquarePlan
 from implicitdiff.torch_private import clean_context
@@ -131,9 +133,7 @@ def plan_for(
     planned = ("plan", *traced, needs, backward, linear_solver)
 
     def derive() -> Plan:
-        trace = _TRACES.get(
-            problem, traced, lambda: trace_problem(problem, (list(variables), variable_spec), bound)
-        )
+        trace = _TRACES.get(problem, traced, lambda: _traced(problem, variables, variable_spec, bound))
         shown = (
             *(leaf.is_floating_point() for leaf in bound.leaves),
             *(tensor.requires_grad for tensor in bound.tensors),
@@ -142,6 +142,13 @@ def plan_for(
             return _build(trace, backward, linear_solver, shown)
 
     return _PLANS.get(problem, planned, derive)
+
+
+def _traced(problem: Problem, variables: Sequence[Tensor], variable_spec: Spec, bound: Bound) -> Trace:
+    trace = trace_problem(problem, (list(variables), variable_spec), bound)
+    if not problem.declares("hessian"):
+        return trace
+    return replace(trace, hessian=declared_hessian(problem, trace, bound, variables))
 
 
 def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear_solver: str) -> Plan:
@@ -185,6 +192,8 @@ def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool
         return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
     if backward == "approximate":
         return ApproximatePlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+    if isinstance(trace.hessian, DeclaredHessian) and backward != "dense":
+        return HybridPlan(trace, trace.hessian, linear_solver)
     if backward != "dense":
         try:
             dense = AutodiffPlan(trace, unstructured(trace, "dense", "lu", ()))

@@ -139,10 +139,22 @@ class Problem(torch.nn.Module):
         raise undeclared(self, "init")
 
     def hessian(self, u: Any, multipliers: Any, *inputs: Any, **unused: Any) -> Any:
-        """D_uu of the *Lagrangian* for one sample, as one of ``idf.operators``; for hybrid problems.
+        """D_uu of the *Lagrangian* f - lambda'h for one sample, as one of ``idf.operators``; for hybrid problems.
 
-        Reserved: the derivation from the graph is exact without it and does not call it yet. Once used, it will be
-        probed against the declared functions, and a contradiction will raise StructureError.
+        Args:
+            u: The variable of one sample.
+            multipliers: lambda, in the structure of ``equality``; None without constraints.
+            inputs: The inputs of one sample.
+
+        Returns:
+            A symmetric operator over the entries of u in order, its tensors with a leading axis of 1, as
+            ``idf.operators.Diagonal(d[None])``. ``idf.operators.Sum((structured, idf.operators.Autodiff(rest,
+            u)))`` has structure for some terms and automatic differentiation for the rest. It is traced like the
+            objective.
+
+        Where it is declared it takes the place of the derivation from the graph, which needs no help for operations
+        that it knows. It is held against a Hessian-vector product at every solve: a contradiction raises
+        StructureError.
         """
         raise undeclared(self, "hessian")
 

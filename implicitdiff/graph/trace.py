@@ -100,6 +100,8 @@ class Trace:
     constants: tuple[tuple[int, Any], ...]
     captured: tuple[torch.Tensor, ...]
     square: str = ""
+    hessian: object = None
+    """The hook `hessian` as `structured.hook` records it; None where none is declared."""
 
     @property
     def variables(self) -> tuple[Placeholder, ...]:

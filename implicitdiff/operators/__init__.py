@@ -4,6 +4,7 @@ In: tensors with the batch axis first. Out: the kinds of the contract, each a fr
 transpose and to_dense. The package ``solvers`` inverts them. Start reading at ``base.py``.
 """
 
+from implicitdiff.operators.autodiff import Autodiff
 from implicitdiff.operators.banded import Banded
 from implicitdiff.operators.base import LinearOperator
 from implicitdiff.operators.block import Block
@@ -16,9 +17,11 @@ from implicitdiff.operators.low_rank import LowRankPlusDiagonal
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.samples import select_samples
 from implicitdiff.operators.scaled_identity import ScaledIdentity
+from implicitdiff.operators.sum import Sum, simplified
 from implicitdiff.operators.zero import Zero
 
 __all__ = [
+    "Autodiff",
     "Banded",
     "Block",
     "BlockDiagonal",
@@ -29,7 +32,9 @@ __all__ = [
     "LowRankPlusDiagonal",
     "MatrixFree",
     "ScaledIdentity",
+    "Sum",
     "Zero",
     "general",
     "select_samples",
+    "simplified",
 ]

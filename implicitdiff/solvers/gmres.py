@@ -67,7 +67,8 @@ def _cycle(product: Product, rhs: Tensor, target: Tensor, most: int) -> Tensor:
     beta = torch.linalg.vector_norm(rhs, dim=-1)
     basis = [rhs / torch.where(beta > 0, beta, 1.0)[..., None]]
     hessenberg = rhs.new_zeros(*rhs.shape[:2], most + 1, most)
-    tiny = torch.finfo(rhs.dtype).eps
+    # A row that has arrived keeps its answer, so that its bits do not depend on how long the others take.
+    x, done = torch.zeros_like(rhs), beta <= target
     for k in range(most):
         moved = product(basis[-1])
         size = torch.linalg.vector_norm(moved, dim=-1)
@@ -78,25 +79,29 @@ def _cycle(product: Product, rhs: Tensor, target: Tensor, most: int) -> Tensor:
             hessenberg[..., : k + 1, k] += along
         length = torch.linalg.vector_norm(moved, dim=-1)
         # What is left is rounding: the space is complete in this row, and further vectors are 0.
-        ended = length <= 10 * tiny * size
+        ended = ~(length > 10 * torch.finfo(rhs.dtype).eps * size)
         hessenberg[..., k + 1, k] = torch.where(ended, 0.0, length)
         basis.append(torch.where(ended, 0.0, 1 / torch.where(ended, 1.0, length))[..., None] * moved)
-        if k + 1 == most or (k + 1) % LOOK == 0 or bool(ended.all()):
-            y, left = _least_squares(hessenberg[..., : k + 2, : k + 1], beta)
-            if k + 1 == most or bool((left <= target).all()) or bool(ended.all()):
-                return (y[..., None, :] @ torch.stack(basis[:-1], dim=-2))[..., 0, :]
-    return torch.zeros_like(rhs)
+        if k + 1 < most and (k + 1) % LOOK:
+            continue
+        y, left = _least_squares(hessenberg[..., : k + 2, : k + 1], beta)
+        arrived = ~done & ((left <= target) | ended | torch.full_like(ended, k + 1 == most))
+        if bool(arrived.any()):
+            x = torch.where(arrived[..., None], (y[..., None, :] @ space)[..., 0, :], x)
+        done = done | arrived
+        if bool(done.all()):
+            break
+    return x
 
 
 def _least_squares(hessenberg: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """y that minimises |beta e_1 - H y|, of least norm, and that minimum."""
-    if not bool(torch.isfinite(hessenberg).all()):
-        nothing = torch.full_like(hessenberg[..., 0, :], torch.nan)
-        return nothing, torch.zeros_like(beta)
-    y = beta[..., None] * torch.linalg.pinv(hessenberg, rtol=10 * torch.finfo(beta.dtype).eps)[..., 0]
-    rest = (hessenberg @ y[..., None])[..., 0]
+    """y that minimises |beta e_1 - H y|, of least norm, and that minimum; NaN where H is."""
+    finite = torch.isfinite(hessenberg).all(-1).all(-1) & torch.isfinite(beta)
+    matrix = torch.where(finite[..., None, None], hessenberg, 0.0)
+    y = beta[..., None] * torch.linalg.pinv(matrix, rtol=10 * torch.finfo(beta.dtype).eps)[..., 0]
+    rest = (matrix @ y[..., None])[..., 0]
     rest[..., 0] -= beta
-    return y, torch.linalg.vector_norm(rest, dim=-1)
+    return torch.where(finite[..., None], y, torch.nan), torch.linalg.vector_norm(rest, dim=-1)
 
 
 class GMRESFactorization(Factorization):

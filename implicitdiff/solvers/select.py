@@ -18,6 +18,7 @@ from implicitdiff.operators import (
     LowRankPlusDiagonal,
     MatrixFree,
     ScaledIdentity,
+    Sum,
     Zero,
 )
 from implicitdiff.solvers.banded_cholesky import BandedCholesky
@@ -114,6 +115,11 @@ def _for_low_rank(operator: LowRankPlusDiagonal) -> tuple[str, ...]:
 @candidates.register
 def _for_grid(operator: Block) -> tuple[str, ...]:
     return ("schur", "schur-cg", "cholesky", "lu")
+
+
+@candidates.register
+def _for_sums(operator: Sum) -> tuple[str, ...]:
+    return ("cg",) if any(isinstance(term, MatrixFree) for term in operator.terms) else ("cholesky", "lu")
 
 
 @candidates.register

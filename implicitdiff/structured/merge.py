@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from implicitdiff.derivatives.factor import Leaves
 from implicitdiff.structured.writer import Written
 
 Gradients = tuple[Tensor | None, ...]
@@ -61,3 +62,15 @@ def flagged(flag: Tensor | bool, batch: int, like: Tensor) -> Tensor | None:
     if isinstance(flag, Tensor):
         return flag.expand(batch) if bool(flag.any()) else None
     return torch.ones_like(like, dtype=torch.bool)
+
+
+def verdicts(status: Any, batch: int, device: torch.device) -> Tensor:
+    """The status of each sample, (B,) int8; OK where an emitted function has none to give."""
+    if isinstance(status, Tensor) and status.dtype == torch.int8:
+        return status.expand(batch)
+    return torch.zeros(batch, dtype=torch.int8, device=device)
+
+
+def off_zero(u: Leaves) -> Leaves:
+    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
+    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)

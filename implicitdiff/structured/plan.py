@@ -95,15 +95,15 @@ class StructuredPlan:
 
     def _derived(self, linear_solver: str, dtype: torch.dtype) -> tuple[Form, Recipes]:
         """The form of H, and what the emitted functions compute."""
-        declared = self.declared
-        terms, written = declared.hessian_terms, declared.written_hessian_terms
-        form = classify(declared.build, declared.space, terms, written)
-        return form, Recipes(declared, form, linear_solver, dtype)
+        own = self.declared
+        form = classify(own.build, own.space, own.hessian_terms, own.written_hessian_terms)
+        return form, Recipes(own, form, linear_solver, dtype)
 
     def _reported(self, form: Form, code: str) -> Analysis:
         """What was found."""
-        anchored = self.recipes.first == "anchored"
-        return report(self.declared, form, self.recipes.route, code, anchored=anchored)
+        return report(
+            self.declared, form, self.recipes.route, code, anchored=self.recipes.first == "anchored"
+        )
 
     # ---------------------------------------------------------------- the point
 
@@ -112,7 +112,7 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            inside = function(self.arguments.point(_off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(merge.off_zero(u), (), theta))[0]
             found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
@@ -146,7 +146,7 @@ class StructuredPlan:
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
         found = self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
-        bad = self._verdicts(out[-1], batch, u[0].device) != Status.OK
+        bad = merge.verdicts(out[-1], batch, u[0].device) != Status.OK
         if not bool(bad.any()):
             return found
         mended = self.dense.multipliers(u, theta)  # for the bad samples: the others keep their bits
@@ -189,7 +189,7 @@ class StructuredPlan:
         def attempt(way: Way) -> merge.Attempt[Leaves]:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
-            verdict = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
+            verdict = merge.verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
             return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
 
         answer, status = self._settled(attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1))
@@ -209,21 +209,17 @@ class StructuredPlan:
         return (*w, *s)
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
+        key, document = ("kkt", shifted, way, given), "K (w, s) = (rhs_u, rhs_h)"
         return self.writer.function(
-            ("kkt", shifted, way, given),
-            "kkt_solve",
-            "K (w, s) = (rhs_u, rhs_h)",
-            lambda: self.recipes.kkt_solve(way, shifted=shifted, given=given),
+            key, "kkt_solve", document, lambda: self.recipes.kkt_solve(way, shifted=shifted, given=given)
         )
 
     def _factors(self, way: Way, point: Mapping[str, Tensor]) -> Given:
         """The factorisations of a way, by name."""
         shifted = "shift" in point
+        key = ("factor", shifted, way)
         function = self.writer.function(
-            ("factor", shifted, way),
-            "kkt_factor",
-            "K factored",
-            lambda: self.recipes.kkt_factor(way, shifted=shifted),
+            key, "kkt_factor", "K factored", lambda: self.recipes.kkt_factor(way, shifted=shifted)
         )
         names = function.emitted.results
         return dict(zip(names, function(point), strict=True)) if names else {}
@@ -264,11 +260,6 @@ class StructuredPlan:
             return None
         return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 
-    def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
-        if isinstance(status, Tensor) and status.dtype == torch.int8:
-            return status.expand(batch)
-        return torch.zeros(batch, dtype=torch.int8, device=device)
-
     # ---------------------------------------------------------------- the backward pass
 
     def vjp(
@@ -295,8 +286,8 @@ class StructuredPlan:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
             if run.function.fragile and self._lost(run.function, out, u):
-                out = run.call((_off_zero(u), *given[1:]))
-            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+                out = run.call((merge.off_zero(u), *given[1:]))
+            verdict = merge.verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
         return self._settled(attempt, self._merged)
@@ -314,7 +305,7 @@ class StructuredPlan:
             function, places = self._placed(way, needs, with_lam, given=True)
             out = function({**values, **factor.given(way)})
             moved = moved or bool(function.fragile and self._lost(function, out, u))
-            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            verdict = merge.verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(Run(function, (), places).gradients(out, theta), verdict, function, out)
 
         found = self._settled(attempt, self._merged)
@@ -350,8 +341,9 @@ class StructuredPlan:
         return function, places
 
     def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool, given: bool = False) -> Written:
+        key = ("vjp", way, wanted, with_lam, given)
         return self.writer.function(
-            ("vjp", way, wanted, with_lam, given),
+            key,
             "backward",
             self.document,
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
@@ -406,8 +398,3 @@ class StructuredPlan:
             start += space.entries(k)
         order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
         return rows[:, order]
-
-
-def _off_zero(u: Leaves) -> Leaves:
-    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
-    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)

@@ -205,7 +205,7 @@ class SquarePlan(StructuredPlan):
                 w = tuple(x.reshape(*lead, *shape) for x, shape in zip(found, shapes, strict=True))
             else:
                 s = self.arguments.joined(found, 2)
-            status = torch.maximum(status, self._verdicts(out[-1], lead[1], device))
+            status = torch.maximum(status, merge.verdicts(out[-1], lead[1], device))
         return w, s, status
 
     def _one_side(self, way: Way, given: bool) -> Written:
