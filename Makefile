@@ -28,11 +28,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What each target installs. The tests run the demonstration's code too; the type checker reads everything.
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
-EXTRAS_lint := demo,test,lint
+EXTRAS_lint := demo,test,lint,browser
+EXTRAS_browser := browser
 EXTRAS_bench := bench
 EXTRAS_peers := bench,peers
 
-.PHONY: demo test lint format bench peers fuzz clean distclean help
+.PHONY: demo test test-browser lint format bench peers fuzz clean distclean help
 
 demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on scikit-learn's digits
 	$(BIN)/python docs/demo/main.py
@@ -40,6 +41,10 @@ demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on sc
 test: $(VENV)/installed-test  ## all tests, one process for each core
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 	    --dist worksteal $(PYTEST_ARGS)
+
+test-browser: $(VENV)/installed-browser  ## the HTML report in a headless browser, which this installs
+	bash tests/browser/install.sh $(BIN)/python
+	$(BIN)/python -m pytest tests/browser/report_in_browser.py
 
 lint: $(VENV)/installed-lint  ## ruff (rules and format), mypy, import-linter
 	@status=0; \
@@ -70,7 +75,7 @@ distclean: clean  ## clean, and remove the virtual environment
 	rm -rf $(VENV)
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/' | expand -t 20
 
 # The stamp is written last: an interrupted installation is done again.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip

@@ -5,6 +5,7 @@ names the samples, and each kind of failure is recorded (records.py). Next: opti
 this after each solve.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -127,7 +128,8 @@ def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
     by_constraint = bool(residuals.violation[worst] >= residuals.relative[worst])
     if kind == Status.INFEASIBLE or (by_constraint and bool(residuals.constraint[worst] > 0)):
         leaf = int(residuals.leaf[worst])
-        name = f"|residual| of output {leaf}" if found.square else f"|h| of constraint leaf {leaf}"
+        where = found.names[leaf] if found.names else f"constraint leaf {leaf}"
+        name = f"|residual| of output {leaf}" if found.square else f"|h| of {where}"
         size, scale = residuals.constraint[worst], residuals.constraint_scale[worst]
     else:
         size, scale, name = residuals.gradient[worst], residuals.gradient_scale[worst], "|D_Y L|"
@@ -142,7 +144,13 @@ def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
         verdict += f" (worst: sample {worst})"
     verdict += f" after {source}"
     if kind == Status.INFEASIBLE:
-        verdict += ", and no step reduces it: the constraints contradict each other there"
+        alone = bool(found.clash) and not re.search(", |all", found.clash)
+        clash = (
+            f"{found.clash} cannot be met"
+            if alone
+            else f"{found.clash or 'the constraints'} contradict each other"
+        )
+        verdict += f", and no step reduces it: {clash} there"
     return verdict
 
 

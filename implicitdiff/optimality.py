@@ -7,15 +7,18 @@ failures.py, which turns it into an error, a warning or a mask, as `on_failure` 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from implicitdiff.errors import OptionError
 from implicitdiff.plan import Plan, Stationarity
+from implicitdiff.pytrees import leaf_names
 from implicitdiff.status import Status
 
 # A and its singular values are formed only to name infeasible samples, and not beyond this many entries.
 _DENSE_LIMIT = 1 << 25
+_CLASHES_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,21 @@ class Residuals:
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict on a batch: residuals, Status per sample (B,) int8, and the tolerance they were held to."""
+    """The verdict on a batch.
+
+    Attributes:
+        residuals: of each sample.
+        status: Status per sample (B,) int8.
+        tol: what they were held to.
+        names: of the constraint leaves; () where all are met.
+        clash: which constraints contradict each other in the first infeasible sample; "" where none does.
+    """
 
     residuals: Residuals
     status: Tensor
     tol: float
+    names: tuple[str, ...] = ()
+    clash: str = ""
     square: bool = False
     """Whether h is the residual of a system of equations."""
 
@@ -189,11 +202,42 @@ def check(
     status = torch.full_like(residuals.gradient, Status.NOT_OPTIMAL, dtype=torch.int8)
     status[residuals.relative <= tol] = Status.OK
     violated = residuals.violation > tol
-    if bool(violated.any()) and not plan.trace.square:
-        status[violated & irreducible(plan, variables, theta, tol)] = Status.INFEASIBLE
+    names: tuple[str, ...] = ()
+    clash = ""
+    if bool(violated.any()):
+        names = constraint_names(plan)
+        rest = None if plan.trace.square else irreducible_part(plan, variables, theta, tol)
+        if rest is not None:
+            infeasible = violated & rest.any(1)
+            status[infeasible] = Status.INFEASIBLE
+            clash = (
+                clashing(plan, names, rest[infeasible.to(torch.int8).argmax()]) if infeasible.any() else ""
+            )
     finite = torch.stack([torch.isfinite(_largest(leaf)) for leaf in (*variables, *multipliers)]).all(0)
     status[~finite | ~torch.isfinite(residuals.gradient + residuals.constraint)] = Status.NONFINITE
-    return Check(residuals, status, tol, bool(plan.trace.square))
+    return Check(residuals, status, tol, names, clash, bool(plan.trace.square))
+
+
+def constraint_names(plan: Plan) -> tuple[str, ...]:
+    """`equality`, or `equality['sum']`, `equality[1]`, ... where it returns several leaves."""
+    spec = plan.trace.equality_spec
+    return () if spec is None else leaf_names(spec, "equality")
+
+
+def clashing(plan: Plan, names: Sequence[str], rows: Tensor) -> str:
+    """The constraints of one sample that `rows` (p,) bool marks, by name: `equality['a'][0], equality['b']`."""
+    found, start = [], 0
+    for name, shape in zip(names, _equality_shapes(plan), strict=True):
+        size = torch.Size(shape).numel()
+        marked = rows[start : start + size].nonzero()[:, 0].tolist()
+        start += size
+        if len(marked) == size:
+            found += [name if size == 1 else f"{name} (all {size})"]
+        else:
+            places = [tuple(int(k) for k in np.unravel_index(i, shape)) for i in marked]
+            found += [f"{name}[{', '.join(map(str, place))}]" for place in places]
+    more = f" and {len(found) - _CLASHES_NAMED} more" if len(found) > _CLASHES_NAMED else ""
+    return ", ".join(found[:_CLASHES_NAMED]) + more
 
 
 def _with_linear_part(
@@ -217,7 +261,16 @@ def _with_linear_part(
 
 
 def irreducible(plan: Plan, variables: Sequence[Tensor], theta: Sequence[Tensor], tol: float) -> Tensor:
-    """Where no step can remove the violation of the constraints, to first order (B,) bool.
+    """Where no step can remove the violation of the constraints, to first order (B,) bool; see `irreducible_part`."""
+    rest = irreducible_part(plan, variables, theta, tol)
+    batch = variables[0].shape[0]
+    return torch.zeros(batch, dtype=torch.bool, device=variables[0].device) if rest is None else rest.any(1)
+
+
+def irreducible_part(
+    plan: Plan, variables: Sequence[Tensor], theta: Sequence[Tensor], tol: float
+) -> Tensor | None:
+    """Which constraints keep a violation that no step removes, to first order (B, p) bool.
 
     |(I - A A^+) h| is the smallest |h + A d| over all steps d, so for linear constraints this proves that
     they contradict each other. Singular values so small that only a step of 1e5 (1 + |u|) would use them
@@ -231,15 +284,14 @@ def irreducible(plan: Plan, variables: Sequence[Tensor], theta: Sequence[Tensor]
         tol: The tolerance of the rule.
 
     Returns:
-        bool (B,); all False beyond 2^25 entries of A, where nothing is computed. Cost: one dense A and its
-        SVD.
+        bool (B, p): the entries above the tolerance in what remains, all of them within a factor of 1e3 of the largest;
+        None beyond 2^25 entries of A, where nothing is computed. Cost: one dense A and its SVD.
     """
-    none = torch.zeros(variables[0].shape[0], dtype=torch.bool, device=variables[0].device)
     zero = tuple(u.new_zeros((u.shape[0], *shape)) for u in variables[:1] for shape in _equality_shapes(plan))
     found = plan.stationarity(tuple(variables), zero, tuple(theta))
     h = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in found.constraint], dim=1)
     if h.shape[0] * h.shape[1] * sum(u[0].numel() for u in variables) > _DENSE_LIMIT:
-        return none
+        return None
     jacobian = plan.constraint_jacobian(tuple(variables), tuple(theta))
     usable = torch.isfinite(jacobian).all(2).all(1) & torch.isfinite(h).all(1)
     jacobian = torch.where(
@@ -251,8 +303,9 @@ def irreducible(plan: Plan, variables: Sequence[Tensor], theta: Sequence[Tensor]
     eps = torch.finfo(h.dtype).eps
     smallest = torch.maximum(values.amax(1) * eps * max(jacobian.shape[1:]), 1e-5 * size / reach)
     left = left * (values > smallest[:, None])[:, None, :]
-    rest = h - (left @ (left.mT @ h[..., None]))[..., 0]
-    return usable & (_relative(rest.abs().amax(1), found.constraint_scale) > tol)
+    rest = (h - (left @ (left.mT @ h[..., None]))[..., 0]).abs()
+    beyond = usable & (_relative(rest.amax(1), found.constraint_scale) > tol)
+    return beyond[:, None] & (rest > 1e-3 * rest.amax(1, keepdim=True))
 
 
 def _equality_shapes(plan: Plan) -> tuple[tuple[int, ...], ...]:

@@ -192,7 +192,11 @@ class Problem(torch.nn.Module):
         raise undeclared(self, "vjp")
 
     def example(self) -> tuple[Any, ...]:
-        """A tuple of batched inputs to try the problem on: for the command line, the gallery, the tests."""
+        """A tuple of batched inputs to try the problem on: for the command line, the gallery, the tests.
+
+        It may take sizes by keyword, as ``def example(self, batch=3, n=9)``: ``idf.compare(problem, sweep={"n": [16,
+        64]})`` and ``implicitdiff explain PROBLEM --size n=64`` then call it with them.
+        """
         raise undeclared(self, "example")
 
 

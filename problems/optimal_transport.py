@@ -121,16 +121,16 @@ class OptimalTransport(Problem):
         gradients = tuple(by_name.get(name) for name in names)
         return gradients if rest else by_name["M"]
 
-    def example(self) -> tuple[Tensor, ...]:
-        """Three cost matrices of 4 by 6 with uneven marginals; gamma too if it is an input."""
+    def example(self, batch: int = 3, m: int = 4, n: int = 6) -> tuple[Tensor, ...]:
+        """Cost matrices of m by n with uneven marginals; gamma too if it is an input."""
         generator = torch.Generator().manual_seed(0)
         home = generator.device
-        M = torch.rand(3, 4, 6, generator=generator, device=home)
-        r = torch.randn(3, 4, generator=generator, device=home).softmax(1)
-        c = torch.randn(3, 6, generator=generator, device=home).softmax(1)
+        M = torch.rand(batch, m, n, generator=generator, device=home)
+        r = torch.randn(batch, m, generator=generator, device=home).softmax(1)
+        c = torch.randn(batch, n, generator=generator, device=home).softmax(1)
         if self.gamma is not None:
             return M, r, c
-        return M, r, c, 1 + 9 * torch.rand(3, generator=generator, device=home)
+        return M, r, c, 1 + 9 * torch.rand(batch, generator=generator, device=home)
 
 
 def _told_apart(M: Tensor, rest: tuple[Tensor, ...], axes: int) -> Inputs:

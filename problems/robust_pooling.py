@@ -120,13 +120,16 @@ class RobustPooling(Problem):
         along = (w.mT @ (kappa2[:, None] * difference))[:, 0]
         return kappa1[:, None] * w + along[:, None] * difference
 
-    def example(self) -> tuple[Tensor, ...]:
-        """Three clouds of nine points in R^4, two points of each far away; alpha too if it is an input."""
+    def example(self, batch: int = 3, m: int = 4, n: int = 9) -> tuple[Tensor, ...]:
+        """Clouds of n points in R^m, two points of each far away; alpha too if it is an input."""
         generator = torch.Generator().manual_seed(0)
         home = generator.device
-        x = torch.randn(3, 4, 9, generator=generator, device=home)
-        x[:, :, :2] += 3 * torch.randn(3, 4, 2, generator=generator, device=home)
-        return (x,) if self.alpha is not None else (x, 1 + torch.rand(3, generator=generator, device=home))
+        x = torch.randn(batch, m, n, generator=generator, device=home)
+        far = min(2, n)
+        x[:, :, :far] += 3 * torch.randn(batch, m, far, generator=generator, device=home)
+        return (
+            (x,) if self.alpha is not None else (x, 1 + torch.rand(batch, generator=generator, device=home))
+        )
 
 
 def _check_points(x: Tensor, axes: int) -> None:

@@ -64,7 +64,10 @@ def test_dependent_constraints_give_the_representative_of_minimum_norm(factor: f
     matrix = torch.stack([dependent, regular])
     rhs = torch.stack([dependent @ normal(8, 2, seed=8), normal(8, 2, seed=9)])
     z, status = solve_symmetric(matrix, rhs, 5)
-    assert (status == Status.OK).all()
+    assert status.tolist() == [
+        Status.NOT_REGULAR,
+        Status.OK,
+    ]  # a suspicion: this matrix alone cannot settle it
     expected = pseudo(dependent, rhs[0], 7)
     assert (z[0] - expected).norm() < 1e-7 * expected.norm()
     torch.testing.assert_close(matrix[1] @ z[1], rhs[1])

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import html.parser
 import inspect
 import sys
 
@@ -211,33 +210,6 @@ def test_latex_is_balanced_and_escaped():
     alone = explain(Median(), torch.randn(4, 6, 3)).to_latex()
     assert r"D + U C U^\top" in alone
     assert r"A^\top" not in alone
-
-
-class _Tags(html.parser.HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_html_is_well_formed_and_escaped():
-    source = portfolio().to_html()
-    assert "& more < than" not in source
-    assert "&amp; more &lt; than" in source
-    parser = _Tags()
-    parser.feed(source)
-    assert parser.open == []
-    assert "& more < than_that" in parser.text
-    assert portfolio().solver in parser.text
 
 
 def test_plot_has_one_panel_per_matrix():

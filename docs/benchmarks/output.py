@@ -8,29 +8,17 @@ import csv
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
 
-from implicitdiff.diagnostics.tables import number, seconds
+from implicitdiff.diagnostics.tables import number, seconds, write_csv
+
+__all__ = ["duration", "grid", "markdown", "read_csv", "size", "spread", "write_csv"]
 
 Record = TypeVar("Record")
-
-
-def write_csv(path: Path, rows: Sequence[Any], kind: type) -> None:
-    """The rows, one column per field of `kind`; None is an empty cell."""
-    names = [field.name for field in fields(kind)]
-    with path.open("w", newline="", encoding="utf-8") as sink:
-        writer = csv.writer(sink, lineterminator="\n")
-        writer.writerow(names)
-        for row in rows:
-            cells = [getattr(row, name) for name in names]
-            writer.writerow(
-                ["" if cell is None else repr(cell) if isinstance(cell, float) else cell for cell in cells]
-            )
 
 
 def read_csv(path: Path, kind: type[Record]) -> list[Record]:

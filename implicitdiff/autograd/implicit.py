@@ -30,6 +30,7 @@ from implicitdiff.autograd.kkt import KKTSolve, unusable
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks, kept
 from implicitdiff.autograd.opaque import CALLS, LIBRARY, Flags, OpaqueStep
+from implicitdiff.autograd.regularity import report_saddles, settled
 from implicitdiff.errors import NotSupportedYetError
 from implicitdiff.torch_private import (
     below_autograd,
@@ -231,7 +232,10 @@ def pull_back(
         factor = call.factors.find(call.plan, u, lam, theta)  # of a derivative of this one, if there was any
         found, quality = call.plan.vjp(u, lam, theta, loud[: len(u)], v_lam, needs, factor)
         bad = unusable(quality)
+        if bool(bad.any()):
+            bad = unusable(settled(call, quality, u, theta))
         if not bool(bad.any()):
+            report_saddles(call, u, lam, theta, quality)
             return masks.spoil(found, v) if silent else found
     else:
         u, lam, theta = masks.sound(u, lam, theta)

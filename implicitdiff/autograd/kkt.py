@@ -27,6 +27,7 @@ from implicitdiff.autograd.call import (
     zeros_for,
 )
 from implicitdiff.autograd.opaque import Flags, OpaqueStep
+from implicitdiff.autograd.regularity import report_saddles, settled
 from implicitdiff.errors import ConvergenceError, OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
@@ -179,13 +180,11 @@ def solve(
     else:
         w, s, status = factor.solve(rhs_u, rhs_h)
     idle = _idle((*rhs_u, *rhs_h))
-    saddles = torch.nonzero((status == Status.INDEFINITE) & ~idle)[:, 0].tolist()
-    if saddles:
-        named = name_samples(saddles, call.batch)
-        message = f"{call.name}: {named}: not a strict minimum; the derivative is that of a saddle"
-        emit(Status.INDEFINITE.name, "backward", saddles, message, call.records)
+    report_saddles(call, u, lam, theta, status)
     bad = unusable(status) & ~idle
     if bool(bad.any()):
+        status = settled(call, status, u, theta)
+        bad = unusable(status) & ~idle
         if call.on_failure == "damp":
             w, s, bad = _damped(call, u, lam, theta, rhs_u, rhs_h, w, s, bad)
         if bool(bad.any()):
@@ -251,11 +250,15 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
         Status.SINGULAR: "the KKT matrix is singular: u is not locally unique, so it has no derivative",
         Status.NONFINITE: "a second derivative is NaN or infinite at the solution",
         Status.NOT_CONVERGED: "the iterative solver of the backward pass did not reach its tolerance",
+        Status.NOT_REGULAR: "the gradients of the constraints are dependent at the solution and not beside it: u has a "
+        "kink there, so it has one-sided derivatives only, which idf.check shows",
     }.get(kind, f"the backward pass ended with status {kind.name}")
-    message = (
-        f"{call.name}: {name_samples(samples, call.batch)}: {what}; add a small quadratic term to the "
-        "objective, or accept it with on_failure='damp', 'nan' or 'zero'"
+    remedy = (
+        "accept it with on_failure='warn', 'nan' or 'zero'"
+        if kind == Status.NOT_REGULAR
+        else "add a small quadratic term to the objective, or accept it with on_failure='damp', 'nan' or 'zero'"
     )
+    message = f"{call.name}: {name_samples(samples, call.batch)}: {what}; {remedy}"
     if call.square:
         message = message.replace("the KKT matrix is", "the Jacobian of the residual is").replace(
             "add a small quadratic term to the objective", "add a small multiple of u to the residual"

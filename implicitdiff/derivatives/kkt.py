@@ -38,8 +38,9 @@ class SymmetricKKT:
         """K^-1 rhs for rhs (B, N, R).
 
         Returns:
-            z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs) or NONFINITE (z is NaN). A
-            right-hand side that is exactly 0 gives exactly 0 whatever the matrix.
+            z (B, N, R) and the status (B,) int8: OK, SINGULAR (z is then K^+ rhs), NOT_REGULAR (likewise; constraints
+            depend on each other here, and whoever knows them beside this point can tell whether that is no harm) or
+            NONFINITE (z is NaN). A right-hand side that is exactly 0 gives exactly 0 whatever the matrix.
         """
         batch, size = rhs.shape[:2]
         if batch == 0 or size == 0:
@@ -101,9 +102,7 @@ def _factored(matrix: Tensor, rhs: Tensor, variables: int) -> tuple[_Factors, Te
     rescue = None
     if len(suspicious):
         rescue = _Rescue.of(matrix[suspicious], scaled[suspicious], scale[suspicious], variables)
-        status[suspicious] = torch.where(rescue.singular, Status.SINGULAR.value, Status.OK.value).to(
-            torch.int8
-        )
+        status[suspicious] = rescue.status
     status = torch.where(finite, status, Status.NONFINITE.value).to(torch.int8)
     return _Factors(lu, pivots, scale, finite, status, suspicious, rescue), solved[:, :, :-1]
 
@@ -162,6 +161,7 @@ class _PseudoInverse:
         vectors: the eigenvectors, (B, N, N).
         basis: N, (B, N, N), filled up with zeros.
         singular: (B,), whether a null vector of K reaches u.
+        deficient: (B,), whether K has any null vector.
     """
 
     scale: Tensor
@@ -169,6 +169,7 @@ class _PseudoInverse:
     vectors: Tensor
     basis: Tensor
     singular: Tensor
+    deficient: Tensor
 
     @staticmethod
     def of(scaled: Tensor, scale: Tensor, variables: int) -> _PseudoInverse:
@@ -191,7 +192,7 @@ class _PseudoInverse:
         )
         singular = (reaches > tolerance**0.5).any(1)
         basis = _orthonormal(scale[:, :, None] * null * member[:, None, :], member)
-        return _PseudoInverse(scale, inverse, vectors, basis, singular)
+        return _PseudoInverse(scale, inverse, vectors, basis, singular, zero.any(1))
 
     def solve(self, rhs: Tensor) -> Tensor:
         """K^+ rhs for rhs (B, N, R)."""
@@ -210,14 +211,14 @@ class _Rescue:
         second: by that of blocks, for the samples `left` which the first finds singular; None where there are none.
         left: (B,) bool.
         still: whether the second finds them singular too; the first one's answer then stands.
-        singular: (B,), the verdict.
+        status: (B,) int8, the verdict.
     """
 
     first: _PseudoInverse
     second: _PseudoInverse | None
     left: Tensor
     still: Tensor
-    singular: Tensor
+    status: Tensor
 
     @staticmethod
     def of(matrix: Tensor, scaled: Tensor, scale: Tensor, variables: int) -> _Rescue:
@@ -225,12 +226,12 @@ class _Rescue:
         first = _PseudoInverse.of(scaled, scale, variables)
         left = first.singular
         if not bool(left.any()):
-            return _Rescue(first, None, left, left, left)
+            return _Rescue(first, None, left, left, _verdict(left, first.deficient))
         other = _by_blocks(matrix[left], variables)
         second = _PseudoInverse.of(_scaled(matrix[left], other), other, variables)
-        singular = left.clone()
-        singular[left] = second.singular
-        return _Rescue(first, second, left, second.singular, singular)
+        singular, deficient = left.clone(), first.deficient.clone()
+        singular[left], deficient[left] = second.singular, second.deficient
+        return _Rescue(first, second, left, second.singular, _verdict(singular, deficient))
 
     def solve(self, rhs: Tensor) -> Tensor:
         """K^+ rhs for rhs (B, N, R)."""
@@ -239,6 +240,12 @@ class _Rescue:
             again = self.second.solve(rhs[self.left])
             least[self.left] = torch.where(self.still[:, None, None], least[self.left], again)
         return least
+
+
+def _verdict(singular: Tensor, deficient: Tensor) -> Tensor:
+    """The status (B,) int8 of samples whose K has null vectors that reach u, or any at all."""
+    dependent = torch.where(deficient, Status.NOT_REGULAR.value, Status.OK.value)
+    return torch.where(singular, Status.SINGULAR.value, dependent).to(torch.int8)
 
 
 def _orthonormal(columns: Tensor, member: Tensor) -> Tensor:

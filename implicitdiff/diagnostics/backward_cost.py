@@ -57,8 +57,9 @@ def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
                 "counted from the shapes, without the iterations" if iterative else "counted from the shapes"
             )
             return BackwardCost(found.flops, found.bytes, found.peak, how)
-        except NotImplementedError:
-            # An operation whose result has a size that depends on values: there is no meta version of it.
+        except (NotImplementedError, RuntimeError):
+            # An operation whose result has a size that depends on values has no meta version; a constant that the
+            # functions make has data, and some operations refuse to take it together with shapes alone.
             pass
     given = not any(is_fake(tensor) for tensor in planned.theta)
     home = next((tensor.device for tensor in planned.theta if not is_fake(tensor)), HOST)

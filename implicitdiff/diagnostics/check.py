@@ -29,10 +29,12 @@ from implicitdiff.diagnostics.declared import (
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
+from implicitdiff.diagnostics.one_sided import one_sided
 from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
+from implicitdiff.records import record
 from implicitdiff.status import Status
 from implicitdiff.torch_private import pytree
 
@@ -53,10 +55,12 @@ def check(problem: Problem | DiscreteLayer | Solver, *inputs: Any, in_dims: Any 
     steps that make the solution exact for all that follows), "LICQ" (least over largest singular value of A
     with rows of length one), "second order" (least over largest eigenvalue of H along the constraints),
     "finite differences" of the solution map through the layer (one direction per input), "structured against
-    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. Signs
-    of inequality multipliers come with inequalities. For a system of equations "residual" takes the place of the
-    rows before "refined", and "regular Jacobian" (least over largest singular value of J with rows of length one) that
-    of "LICQ" and "second order".
+    dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. At a kink
+    (NOT_REGULAR) "one-sided derivatives" of <v, u> take the place of the last three: one direction d for each input,
+    the derivative along it from below and from above, and their difference as the value. Signs of inequality
+    multipliers come with inequalities. For a system of equations "residual" takes the place of the rows before
+    "refined", and "regular Jacobian" (least over largest singular value of J with rows of length one) that of "LICQ"
+    and "second order".
 
     Args:
         problem: The declared problem, a `DiscreteLayer`, or a discrete solver (with Identity).
@@ -205,11 +209,15 @@ def _derivatives(
     if not wanted:
         rows.not_run("gradients", "no input is floating and no Parameter requires a gradient")
         return
-    try:
-        found = _layer_gradients(held, moved, in_dims, v, wanted)
-    except ImplicitDiffError as error:
-        rows.failed("gradient through the layer", error)
-        return
+    with record() as log:
+        try:
+            found = _layer_gradients(held, moved, in_dims, v, wanted)
+        except ImplicitDiffError as error:
+            rows.failed("gradient through the layer", error)
+            if any(event.kind == Status.NOT_REGULAR.name for event in log):
+                for name, below, above in one_sided(twin, inputs, in_dims, u, v):
+                    rows.one_sided(name, below, above)
+            return
     by_leaf = iter(found)
     gradients = [next(by_leaf) if t.requires_grad else torch.zeros_like(t) for t in declared.moving]
     for name, value, remark in directional(twin, inputs, in_dims, u, v, gradients, null):

@@ -7,7 +7,7 @@ In: statements and values. Out: a frozen `CheckReport`. `check.py` fills it for 
 import math
 from dataclasses import dataclass, field
 
-from implicitdiff.diagnostics.tables import number, table
+from implicitdiff.diagnostics.tables import WIDTH, number, table
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class CheckReport:
         return not any(row.verdict.startswith("fail") for row in self.rows)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """The rows as a table, in lines of at most `width` characters, and the verdict."""
         cells = [(row.name, _value(row.value), _value(row.tolerance), row.verdict) for row in self.rows]
         failed = [row.name for row in self.rows if row.verdict.startswith("fail")]
         last = "all is well" if self.ok else f"{len(failed)} failed: {', '.join(failed)}"
-        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT)}\n\n{last}"
+        return f"check of {self.problem}\n\n{table(_HEADER, cells, _RIGHT, width)}\n\n{last}"
 
 
 _HEADER = ("what", "value", "tolerance", "verdict")
@@ -71,6 +75,11 @@ class Rows:
     def _add(self, name: str, value: float, tolerance: float, holds: bool, remark: str) -> None:
         verdict = "ok" if holds else "fail"
         self.rows.append(CheckRow(name, value, tolerance, f"{verdict}: {remark}" if remark else verdict))
+
+    def one_sided(self, name: str, below: float, above: float) -> None:
+        """The two derivatives at a point where the solution has none; it fails, because a gradient would be wrong."""
+        said = f"fail: NOT_REGULAR: {below:.3g} from below, {above:.3g} from above"
+        self.rows.append(CheckRow(f"one-sided derivatives: {name}", above - below, math.nan, said))
 
     def failed(self, name: str, reason: object) -> None:
         """A statement that could not be tried though it should have been possible."""

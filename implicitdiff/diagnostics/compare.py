@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 from implicitdiff.diagnostics.contest import Row, contest
 from implicitdiff.diagnostics.discrete import as_discrete
-from implicitdiff.diagnostics.meter import format_bytes
-from implicitdiff.diagnostics.tables import number, pairs, require_matplotlib, seconds, table
+from implicitdiff.diagnostics.examples import example_inputs
+from implicitdiff.diagnostics.tables import WIDTH, pairs, require_matplotlib, table
+from implicitdiff.diagnostics.verdict import HEADER, WIDE, cells, verdict_on
 from implicitdiff.errors import OptionError
 from implicitdiff.plan import BACKWARDS
 from implicitdiff.problem import Problem, require_problem
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from implicitdiff.diagnostics.discrete.compare import DiscreteComparison
 
 DEFAULT = ("hand", "auto", "dense", "unrolled")
+Advance = Callable[[int, int, str], object]
+"""Called before each step of long work: (steps done, steps in all, what comes next)."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +48,33 @@ class Comparison:
     reference: str
 
     @property
+    def groups(self) -> list[tuple[str, list[Row]]]:
+        """(setting in words, its rows), one for each setting of a sweep; ("", all rows) without one."""
+        found = itertools.groupby(self.rows, key=lambda row: row.setting)
+        return [(", ".join(f"{name} = {value}" for name, value in s), list(rows)) for s, rows in found]
+
+    @property
     def verdict(self) -> str:
         """Who is fastest, leanest and most accurate, in one line per setting."""
-        lines = []
-        for setting, group in itertools.groupby(self.rows, key=lambda row: row.setting):
-            place = ", ".join(f"{name} = {value}" for name, value in setting)
-            lines.append((f"{place}: " if place else "") + _verdict(list(group)))
-        return "\n".join(lines)
+        return "\n".join((f"{place}: " if place else "") + verdict_on(rows) for place, rows in self.groups)
 
     def __str__(self) -> str:
-        cells = [_cells(row) for row in self.rows]
-        header: tuple[str, ...] = _HEADER
-        right = _HEADER[2:8]
-        if any(row.setting for row in self.rows):
-            header = ("setting", *header)
-            places = [", ".join(f"{name} = {value}" for name, value in row.setting) for row in self.rows]
-            cells = [(place, *cell) for place, cell in zip(places, cells, strict=True)]
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """The rows as tables, one for each setting, the notes and the verdict, in lines of at most `width`."""
+        parts = [f"backward passes of {self.problem}"]
+        for place, rows in self.groups:
+            body = table(HEADER, [cells(row, width) for row in rows], HEADER[2:], width)
+            parts.append(f"{place}\n\n{body}" if place else body)
         notes = list(dict.fromkeys((row.backward, row.note) for row in self.rows if row.note))
-        explained = f"\n{pairs(notes)}\n" if notes else ""
-        title, body = f"backward passes of {self.problem}", table(header, cells, right)
-        last = f"error: against {self.reference}\ntime: one backward, one thread, median in alternation"
-        last += " (* of fewer than 7)" if any(0 < row.rounds < 7 for row in self.rows) else ""
-        return f"{title}\n\n{body}\n{explained}\n{last}\n{self.verdict}"
+        parts += [pairs(notes, width)] if notes else []
+        last = "time: one backward, one thread, median in alternation"
+        last += "; * of fewer than 7 rounds" if any(0 < row.rounds < 7 for row in self.rows) else ""
+        spread = "ratio: to the first, with the quartiles" + (", as a half range" if width < WIDE else "")
+        parts.append("\n".join([f"error: against {self.reference}", last, spread]))
+        parts.append("\n".join(textwrap.fill(line, width) for line in self.verdict.splitlines()))
+        return "\n\n".join(parts)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows as comma-separated values with a header; also written to `path` if given."""
@@ -76,68 +85,31 @@ class Comparison:
         writer.writerow([*settings, *plain])
         for row in self.rows:
             values = dict(row.setting)
-            cells = [getattr(row, name) for name in plain]
+            found = [getattr(row, name) for name in plain]
             writer.writerow(
-                [values.get(s, "") for s in settings] + ["" if cell is None else cell for cell in cells]
+                [values.get(s, "") for s in settings] + ["" if cell is None else cell for cell in found]
             )
         if path is not None:
             Path(path).write_text(sink.getvalue(), encoding="utf-8")
         return sink.getvalue()
 
-    def plot(self) -> Any:
+    def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib Figure: time, peak memory and error of each backward; over the values of a sweep if
         there is one.
 
+        Args:
+            path: Also write it there, in the format that the name ends in.
+
         Raises:
-            ImplicitDiffError: matplotlib is not installed.
+            ImplicitDiffError: matplotlib is not installed, or does not know the format.
         """
         require_matplotlib("Comparison.plot")
-        from implicitdiff.diagnostics.plots import plot_comparison
+        from implicitdiff.diagnostics.plots import plot_comparison, write
 
-        return plot_comparison(self.problem, self.rows)
-
-
-_HEADER = ("backward", "solver", "error", "time", "ratio", "peak", "bytes", "FLOPs")
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    if row.seconds is None:
-        return (row.backward, row.solver or "-", "-", "not run", "-", "-", "-", "-")
-    star = "*" if row.rounds < 7 else ""
-    return (
-        row.backward,
-        row.solver or "-",
-        number(row.error),
-        seconds(row.seconds) + star,
-        number(row.ratio),
-        "-" if row.peak is None else format_bytes(row.peak),
-        "-" if row.bytes is None else format_bytes(row.bytes),
-        "-" if row.flops is None else f"{row.flops:.3g}",
-    )
-
-
-def _verdict(rows: Sequence[Row]) -> str:
-    ran = [row for row in rows if row.seconds is not None]
-    if not ran:
-        return "none of the backward passes could run"
-    first = ran[0]
-    right = [row for row in ran if row.exact]
-    if not right:
-        return "none of the backward passes agrees with the reference"
-    fastest = min(right, key=lambda row: row.seconds or 0.0)
-    leanest = min(right, key=lambda row: row.peak or 0)
-    text = f"fastest: {fastest.backward}"
-    if fastest is not first:
-        text += f" ({number(fastest.ratio)} of the time of {first.backward})"
-    text += f"; least memory: {leanest.backward}"
-    if leanest is not first and first.peak:
-        text += f" ({number((leanest.peak or 0) / first.peak)} of the peak of {first.backward})"
-    known = [row for row in right if row.error is not None]
-    if known:
-        best = min(known, key=lambda row: row.error or 0.0)
-        text += f"; least error: {best.backward} ({number(best.error)})"
-    wrong = [f"{row.backward} ({number(row.error)})" for row in ran if not row.exact]
-    return text + (f"; not the gradient: {', '.join(wrong)}" if wrong else "")
+        figure = plot_comparison(self.problem, self.rows)
+        if path is not None:
+            write(figure, Path(path))
+        return figure
 
 
 @overload
@@ -151,6 +123,7 @@ def compare(
     rounds: int = 9,
     memory_limit: int = 4 * 2**30,
     flop_limit: float = 2e12,
+    advance: Advance | None = None,
 ) -> Comparison: ...
 @overload
 def compare(
@@ -171,8 +144,12 @@ def compare(
     rounds: int = 9,
     memory_limit: int = 4 * 2**30,
     flop_limit: float = 2e12,
+    advance: Advance | None = None,
 ) -> Comparison | DiscreteComparison:
     """Run several backward passes of one problem at the same solution and compare them.
+
+    Without inputs it runs on the problem's own `example`; with `sweep={"n": [16, 64, 256]}` on `example(n=16)`,
+    `example(n=64)`, `example(n=256)`.
 
     The problem is solved once; every backward starts from that u, with the same cotangent, through the layer.
     Only "unrolled" has to run its own forward, so its u is its own. All floating inputs get a gradient,
@@ -185,24 +162,26 @@ def compare(
     Args:
         problem: The declared problem. Of a `DiscreteLayer` or a discrete solver estimators are compared: see
             `diagnostics/discrete/compare.py`; `sweep` and the limits do not apply.
-        inputs: As for the layer. With `sweep`: one function that makes them, `make(**setting) -> tuple of
-            inputs`.
+        inputs: As for the layer; none: the problem's `example`. With `sweep` none, or one function that makes
+            them, `make(**setting) -> tuple of inputs`.
         in_dims: As for the layer.
         backwards: Names as for the layer's `backward=` (of a discrete layer: estimators); the ratio is taken
             to the first that runs.
         cotangent: A pytree like u; None: standard normal numbers, seeded.
-        sweep: {name: values}: compare at every combination, as `compare(p, lambda n: (torch.randn(8, 3, n),),
-            sweep={"n": [16, 64, 256]})`.
+        sweep: {name: values}: compare at every combination, as `compare(p, sweep={"n": [16, 64, 256]})`, or
+            `compare(p, lambda n: (torch.randn(8, 3, n),), sweep={"n": [16, 64, 256]})`.
         rounds: Rounds of timing; a backward that takes seconds gets fewer.
         memory_limit, flop_limit: A dense backward that would need more bytes or more FLOPs (1e12 take about
         half a
             minute) is not run.
+        advance: Called before each setting of a sweep, for a progress bar.
 
     Returns:
         Comparison. A backward that cannot run has a row that says why.
 
     Raises:
-        OptionError: An unknown backward, or a sweep without a function.
+        OptionError: An unknown backward, a sweep with inputs, or a size that the example does not take.
+        ProblemDefinitionError: No inputs, and no `example` to take their place.
         ImplicitDiffError: The problem cannot be solved for these inputs.
     """
     layer = as_discrete(problem)
@@ -221,13 +200,23 @@ def compare(
         raise OptionError(f"backwards is empty; choose from {', '.join(BACKWARDS)}")
     if sweep is None:
         rows, reference = contest(
-            problem, inputs, in_dims, backwards, cotangent, rounds, memory_limit, flop_limit
+            problem,
+            inputs or example_inputs(problem),
+            in_dims,
+            backwards,
+            cotangent,
+            rounds,
+            memory_limit,
+            flop_limit,
         )
         return Comparison(type(problem).__name__, tuple(rows), reference)
-    make = _maker(inputs, cotangent)
+    make = _maker(problem, inputs, cotangent)
     rows, reference = [], ""
-    for values in itertools.product(*sweep.values()):
+    settings = list(itertools.product(*sweep.values()))
+    for done, values in enumerate(settings):
         setting = tuple(zip(sweep, values, strict=True))
+        if advance is not None:
+            advance(done, len(settings), ", ".join(f"{name} = {value}" for name, value in setting))
         made = make(**dict(setting))
         made = made if isinstance(made, tuple) else (made,)
         part, reference = contest(problem, made, in_dims, backwards, None, rounds, memory_limit, flop_limit)
@@ -235,13 +224,15 @@ def compare(
     return Comparison(type(problem).__name__, tuple(rows), reference)
 
 
-def _maker(inputs: Sequence[Any], cotangent: Any) -> Callable[..., Any]:
-    if len(inputs) != 1 or not callable(inputs[0]):
-        raise OptionError(
-            "with sweep=, pass one function that makes the inputs in place of the inputs: "
-            "compare(problem, lambda n: (torch.randn(8, 3, n),), sweep={'n': [16, 64]})"
-        )
+def _maker(problem: Problem, inputs: Sequence[Any], cotangent: Any) -> Callable[..., Any]:
     if cotangent is not None:
         raise OptionError("a cotangent fits one size only: leave it out with sweep=")
+    if not inputs:
+        return lambda **setting: example_inputs(problem, setting)
+    if len(inputs) != 1 or not callable(inputs[0]):
+        raise OptionError(
+            "with sweep=, pass no inputs (the problem's example makes them) or one function that makes them: "
+            "compare(problem, lambda n: (torch.randn(8, 3, n),), sweep={'n': [16, 64]})"
+        )
     make: Callable[..., Any] = inputs[0]
     return make

@@ -19,6 +19,7 @@ from torch import Tensor
 from implicitdiff.diagnostics.declared import Declared, double, floating, normal
 from implicitdiff.diagnostics.held import batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.meter import Measurement, format_bytes, measure
+from implicitdiff.diagnostics.race import quartiles
 from implicitdiff.diagnostics.reference import Direction, Reference, relative_error
 from implicitdiff.diagnostics.traffic import tensors_in
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
@@ -42,6 +43,7 @@ class Row:
         error: Relative error of the gradient, the worst over all inputs; None without a reference.
         seconds: Median time of one pass; None if it did not run (`note` says why).
         ratio: Median over the rounds of its time over that of the first backward that ran.
+        ratio_low, ratio_high: The quartiles of the same.
         peak: Peak bytes allocated by the pass, and what its forward saved beyond the solution.
         bytes: Bytes read and written.
         flops: Floating point operations.
@@ -64,6 +66,8 @@ class Row:
     rounds: int = 0
     exact: bool = True
     setting: tuple[tuple[str, Any], ...] = ()
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,13 @@ def contest(
     first = next(iter(entries), None)
     for position, taken in readings.items():
         base = readings[first] if first is not None else taken
-        ratios = [mine / theirs for mine, theirs in zip(taken, base, strict=False)]
+        low, middle, high = quartiles([mine / theirs for mine, theirs in zip(taken, base, strict=False)])
         rows[position] = replace(
             rows[position],
             seconds=statistics.median(taken),
-            ratio=statistics.median(ratios),
+            ratio=middle,
+            ratio_low=low,
+            ratio_high=high,
             rounds=len(taken),
         )
     return rows, truth.what

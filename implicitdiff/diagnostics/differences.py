@@ -52,7 +52,7 @@ def directional(
     widths = [gradient.numel() for gradient in gradients]
     generator = torch.Generator().manual_seed(1)
     for position, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-        value = _values(problem, inputs)[position]
+        value = moving_values(problem, inputs)[position]
         if not value.numel() or (name.startswith("Parameter") and not value.requires_grad):
             continue
         size = float(value.detach().abs().max()) or 1.0
@@ -66,7 +66,7 @@ def directional(
         step = STEP * size / float(direction.abs().max())
         ends, worst, remark = [], 0.0, ""
         for sign in (1.0, -1.0):
-            end, last, remark = _solved(problem, inputs, in_dims, u, position, sign * step * direction)
+            end, last, remark = moved_solution(problem, inputs, in_dims, u, position, sign * step * direction)
             ends.append(end)
             worst = worse(worst, last)
         if not worst < 1e-9:
@@ -91,12 +91,12 @@ def _norm(tree: Any) -> float:
     return math.sqrt(sum(float(leaf.double().square().sum()) for leaf in pytree.tree_leaves(tree)))
 
 
-def _values(problem: Problem, inputs: Sequence[Any]) -> list[Tensor]:
+def moving_values(problem: Problem, inputs: Sequence[Any]) -> list[Tensor]:
     """The tensors that `moving_names` names."""
     return [leaf for leaf in pytree.tree_leaves(tuple(inputs)) if floating(leaf)] + list(problem.parameters())
 
 
-def _solved(
+def moved_solution(
     problem: Problem, inputs: Sequence[Any], in_dims: Any, u: Any, position: int, change: Tensor
 ) -> tuple[Any, float, str]:
     """(u, last refinement step, remark) with one input moved."""
@@ -105,7 +105,7 @@ def _solved(
     leaves = [leaf.detach().clone() if floating(leaf) else leaf for leaf in leaves]
     inputs = pytree.tree_unflatten(leaves, spec)
     with torch.no_grad():
-        _values(moved, inputs)[position].add_(change)
+        moving_values(moved, inputs)[position].add_(change)
         remark = ""
         try:
             start = solve(moved, *inputs, in_dims=in_dims).u

@@ -8,18 +8,21 @@ as LaTeX, as HTML or as a picture. The findings are those of `plan.analysis`; th
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from implicitdiff.diagnostics.backward_cost import BackwardCost, backward_cost
 from implicitdiff.diagnostics.discrete import as_discrete
+from implicitdiff.diagnostics.drawn import drawing_of, sources_of
 from implicitdiff.diagnostics.held import Planned, plan_of
 from implicitdiff.diagnostics.latex import derivation_in_latex
 from implicitdiff.diagnostics.meter import format_bytes
-from implicitdiff.diagnostics.tables import pairs, require_matplotlib
+from implicitdiff.diagnostics.page import framed, page_of
+from implicitdiff.diagnostics.tables import WIDTH, pairs, require_matplotlib
 from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.problem import Problem, require_problem
+from implicitdiff.structure.drawing import Drawing
 from implicitdiff.structure.report import MatrixReport
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ class Explanation:
             with gradients for all floating inputs and Parameters.
         measured: How these three were obtained.
         code: The emitted backward pass as Python text; "" where none is emitted.
+        sources: (name, text) of the declared functions, as far as their source can be read.
+        drawing: The graph of the declared functions, and where H, A and S have entries.
         square: For a system of equations "residual" or "step", the hook that states it; `hessian` is then J = D_u r,
             the Jacobian of the residual. "" otherwise.
     """
@@ -95,15 +100,20 @@ class Explanation:
     peak: int
     measured: str
     code: str
+    sources: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    drawing: Drawing = field(default=Drawing((), ()), repr=False)
     square: str = ""
 
     def __str__(self) -> str:
-        """A report for a person who wants to learn what was derived."""
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """A report for a person who wants to learn what was derived, in lines of at most `width` characters."""
         title = f"{self.problem}: {self.summary}" if self.summary else self.problem
-        return f"{title}\n\n{pairs(self._lines())}"
+        return f"{textwrap.fill(title, width)}\n\n{pairs(self._lines(), width)}"
 
     def _lines(self) -> list[tuple[str, str]]:
-        lines = [("sizes", self._sizes()), ("", "")]
+        lines = [("sizes", self.sizes), ("", "")]
         lines += [("J = D_u r" if self.square else "H = D_uu L", _matrix(self.hessian))]
         if not self.square:
             lines += [
@@ -121,13 +131,15 @@ class Explanation:
             lines += [("falls back", _step(step)) for step in self.fallbacks]
         else:
             lines.append(("falls back", "nowhere: every operation is covered"))
-        return [*lines, ("", ""), ("forward", self.forward), ("one backward", self._cost())]
+        return [*lines, ("", ""), ("forward", self.forward), ("one backward", self.cost)]
 
     @property
     def _constrained(self) -> bool:
         return self.constraint_jacobian.shape[0] > 0
 
-    def _sizes(self) -> str:
+    @property
+    def sizes(self) -> str:
+        """Batch, dtype, variables, constraints, inputs and tensors, in one line."""
         m, p = self.hessian.shape[0], self.constraint_jacobian.shape[0]
         of = [_size(item) for item in self.variables]
         given = [_size(item) + ("" if item.batched else " shared") for item in self.inputs]
@@ -138,7 +150,9 @@ class Explanation:
         parts += [f"the problem's {', '.join(held)}"] if held else []
         return f"batch {self.batch}, {self.dtype}; " + "; ".join(parts)
 
-    def _cost(self) -> str:
+    @property
+    def cost(self) -> str:
+        """FLOPs, bytes moved and peak of one backward pass, in one line."""
         counts = f"{self.flops:,} FLOPs, {format_bytes(self.bytes)} moved, peak {format_bytes(self.peak)}"
         return f"{counts} for batch {self.batch} ({self.measured})"
 
@@ -147,17 +161,16 @@ class Explanation:
         return derivation_in_latex(self)
 
     def to_html(self) -> str:
-        """The report as one self-contained HTML fragment; every text is escaped."""
-        rows = "\n".join(
-            f"<tr><th scope='row'>{html.escape(label)}</th><td>{html.escape(text)}</td></tr>"
-            for label, text in self._lines()
-            if label or text
-        )
-        code = f"\n<pre><code>{html.escape(self.code)}</code></pre>" if self.code else ""
-        return (
-            f"<section class='implicitdiff'>\n<h3>{html.escape(self.problem)}</h3>\n"
-            f"<p>{html.escape(self.summary)}</p>\n<table>\n{rows}\n</table>{code}\n</section>"
-        )
+        """The report as one self-contained page: no network is needed, every text is escaped.
+
+        The declared functions, their graph with the derivative proved of each node, the patterns of H, A and S, the
+        equations with the actual blocks, the decision, the emitted code.
+        """
+        return page_of(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page in a frame of its own."""
+        return framed(self.to_html())
 
     def plot(self) -> Any:
         """A matplotlib Figure: the pattern of H, A and S that follows from their kinds (a scheme, no values).
@@ -237,6 +250,8 @@ def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Expl
         peak=cost.peak,
         measured=cost.how,
         code=analysis.code,
+        sources=sources_of(problem),
+        drawing=drawing_of(planned.plan),
         square=trace.square,
     )
 

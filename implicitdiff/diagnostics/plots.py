@@ -6,11 +6,14 @@ a picture is asked for, since matplotlib is optional. Used by `explain.py` and `
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from implicitdiff.diagnostics.contest import Row
+from implicitdiff.diagnostics.style import house_style, log_scale, looks, new_figure
+from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.structure.report import MatrixReport
 
 _CELLS = 24  # a scheme is drawn with at most this many rows and columns
@@ -56,40 +59,70 @@ def _cell(kind: str, i: int, j: int, rows: int, columns: int) -> int:
 
 
 def plot_comparison(problem: str, rows: Sequence[Row]) -> Figure:
-    """Time, peak and error: bars for one setting, lines over the values of the first name of a sweep."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    figure.suptitle(f"{problem}: backward passes")
-    measures = (("seconds", "time (s)"), ("peak", "peak memory (bytes)"), ("error", "relative error"))
+    """Time, peak and error, one below the other: dots for one setting, lines over the first name of a sweep."""
+    measures = (("seconds", "time (s)"), ("peak", "peak memory (bytes)"), ("error", "error (relative)"))
     ran = [row for row in rows if row.seconds is not None]
     swept = any(row.setting for row in rows)
-    for axes, (field, label) in zip(_panels(figure, len(measures)), measures, strict=True):
-        _lines(axes, ran, field) if swept else _bars(axes, ran, field)
-        axes.set_ylabel(label)
-        if any((getattr(row, field) or 0) > 0 for row in ran):
-            axes.set_yscale("log")
-    if swept and ran:
-        figure.axes[0].legend(fontsize=8)
+    names = list(dict.fromkeys(row.backward for row in ran))
+    with house_style():
+        figure = new_figure(11.0 if swept else 3.0 + 1.2 * max(len(names), 1) + 0.6)
+        figure.suptitle(f"{problem}: backward passes")
+        panels = figure.subplots(len(measures), 1, sharex=swept)
+        for axes, (field, label) in zip(panels, measures, strict=True):
+            positive = any((getattr(row, field) or 0) > 0 for row in ran)
+            if swept:
+                _lines(axes, ran, field)
+                axes.set_ylabel(label)
+                if positive:
+                    log_scale(axes.yaxis)
+            else:
+                _dots(axes, ran, field)
+                axes.set_xlabel(label)
+                if positive:
+                    log_scale(axes.xaxis)
+        if swept and ran:
+            panels[-1].set_xlabel(f"{ran[0].setting[0][0]} (size)")
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
-def _bars(axes: Any, rows: Sequence[Row], field: str) -> None:
-    names = [row.backward for row in rows]
-    axes.bar(range(len(rows)), [getattr(row, field) or math.nan for row in rows])
-    axes.set_xticks(range(len(rows)), names, rotation=30, ha="right", fontsize=8)
+def write(figure: Figure, path: Path) -> None:
+    """Write the figure in the format that the name ends in.
+
+    Raises:
+        ImplicitDiffError: matplotlib does not know the format.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in known:
+        raise ImplicitDiffError(
+            f"cannot write a figure as {path.name!r}: let the name end in .svg, .pdf or .png (matplotlib knows "
+            f"{', '.join(sorted(known))})"
+        )
+    with house_style():
+        figure.savefig(path)
+
+
+def _dots(axes: Any, rows: Sequence[Row], field: str) -> None:
+    for place, (row, look) in enumerate(zip(rows, looks(), strict=False)):
+        axes.plot([getattr(row, field) or math.nan], [place], linestyle="", **look)
+    axes.set_yticks(range(len(rows)), [row.backward for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
 
 
 def _lines(axes: Any, rows: Sequence[Row], field: str) -> None:
     # The first name of a sweep is the axis; every combination of the others has a line of its own.
-    for key in dict.fromkeys((row.backward, row.setting[1:]) for row in rows):
+    keys = dict.fromkeys((row.backward, row.setting[1:]) for row in rows)
+    for key, look in zip(keys, looks(), strict=False):
         points = [row for row in rows if (row.backward, row.setting[1:]) == key]
         label = ", ".join([key[0], *(f"{name} = {value}" for name, value in key[1])])
-        axes.plot(
-            [row.setting[0][1] for row in points],
-            [getattr(row, field) or math.nan for row in points],
-            "o-",
-            label=label,
-        )
-    axes.set_xlabel(rows[0].setting[0][0] if rows else "")
+        places = [row.setting[0][1] for row in points]
+        axes.plot(places, [getattr(row, field) or math.nan for row in points], label=label, **look)
+    numbers = [row.setting[0][1] for row in rows]
+    if all(isinstance(value, int | float) and value > 0 for value in numbers):
+        log_scale(axes.xaxis, numbers)
 
 
 def _panels(figure: Figure, count: int) -> Sequence[Any]:

@@ -16,7 +16,7 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_OWN_PROBLEMS = _OWN + "problems" + os.sep
+_OWN_PROBLEMS = (_OWN + "problems" + os.sep, _OWN + "reproduce" + os.sep)
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = os.sep + "site-packages" + os.sep
 _FUNCTION_FILE = os.path.join("torch", "autograd", "function.py")

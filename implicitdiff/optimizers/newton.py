@@ -209,6 +209,8 @@ class Newton:
             slope, needed = slope_along(point, w, s, penalty)
             downhill = finite & (slope < 0)
             vouched = (status == int(Status.OK)) | (status == int(Status.DAMPED))
+            # Dependent constraints: the step of least norm, which the residual judges like any other.
+            vouched = vouched | (status == int(Status.NOT_REGULAR))
             # A singular K has a step of least norm, which is as good as Newton's where it is not wild. With
             # constraints an indefinite H says nothing about the tangent space, and no shift of H repairs
             # dependent constraints: after two attempts any step that goes down will do.

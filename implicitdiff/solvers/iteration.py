@@ -88,7 +88,7 @@ def iterate(
         go on, which changes rounding only; samples stop each for itself, so that none sees another. Cost: one product
         and about 15 operations on vectors a step, one number read.
     """
-    tiny, stop = torch.finfo(rhs.dtype).tiny, tolerance**2
+    tiny, ends = torch.finfo(rhs.dtype).tiny, _Ends(tolerance**2, 4.0 * rhs.shape[-1], limit)
     # Scaled to a largest entry of 1: squares of tiny cotangents would underflow in float32.
     size = rhs.abs().amax(-1, keepdim=True).clamp_(min=tiny)
     residual = rhs / size
@@ -106,27 +106,70 @@ def iterate(
         scaled = residual if inverse is None else residual * inverse
         following = (residual * scaled).sum(-1, keepdim=True)
         left = following / start
-        worst = left.amax(1, keepdim=True)
+        worst: list[float] = left.amax(1).flatten().tolist()
         if steps == 0:
             solution, shortcut = along * direction, along
-            enough = _enough(worst, 4.0 * rhs.shape[-1], stop, tiny)
+            ends.begin(worst)
         else:
             solution.addcmul_(along, direction)
         steps += 1
-        lowest, highest = _range(worst, enough)
-        if highest <= 1.0 or steps >= limit:
+        going = ends.going(worst, steps)
+        if not any(going):
             break
-        if steps >= 3 or not (lowest > 1.0 and highest < math.inf):
-            # A sample with a length of 0 stays where it is.
-            going = (worst > enough) & (worst <= _rate(enough, steps, limit))
-            if not bool(going.any()):
-                break
-            following = torch.where(going, following, 0.0)
+        if not all(going):
+            following = torch.where(_flags(going, rhs), following, 0.0)  # a length of 0: it stays where it is
         turn = following / length.clamp_(min=tiny)
         direction = torch.addcmul(scaled, turn, direction)
         length = following
-    solution.addcmul_(shortcut * (enough > stop), scaled)
-    return Iteration(solution.mul_(size), None if highest <= 1.0 else (left <= enough)[..., 0], steps)
+    earlier = ends.earlier()
+    if all(earlier):
+        solution.addcmul_(shortcut, scaled)
+    elif any(earlier):
+        solution.addcmul_(torch.where(_flags(earlier, rhs), shortcut, 0.0), scaled)
+    return Iteration(solution.mul_(size), ends.converged(worst, left), steps)
+
+
+class _Ends:
+    """When each sample may end: one number a sample, held in Python, where comparing them costs no operation of torch.
+
+    Attributes:
+        enough: what is left of the squared residual of a sample when it has converged.
+    """
+
+    def __init__(self, stop: float, spread: float, limit: int) -> None:
+        """Take the tolerance squared, 4 m, and the largest number of steps."""
+        self._stop, self._spread, self._limit = stop, spread, limit
+        self.enough: list[float] = []
+
+    def begin(self, worst: list[float]) -> None:
+        """Set the ends from what is left after the first step: the last step will take as much off again."""
+        self.enough = [self._stop / min(1.0, self._spread * w) if w > 0.0 else self._stop for w in worst]
+
+    def going(self, worst: list[float], steps: int) -> list[bool]:
+        """Return which samples go on: not done, finite, and at a rate that reaches the end within the limit.
+
+        Half as many steps again are allowed for, and the first three tell nothing.
+        """
+        if steps >= self._limit:
+            return [False] * len(worst)
+        if steps < 3:
+            return [e < w < math.inf for w, e in zip(worst, self.enough, strict=True)]
+        rate = steps / (1.5 * self._limit)
+        return [e < w < 1.0 and w <= e**rate for w, e in zip(worst, self.enough, strict=True)]
+
+    def earlier(self) -> list[bool]:
+        """Return which samples may end earlier than at the tolerance, because of the last step."""
+        return [e > self._stop for e in self.enough]
+
+    def converged(self, worst: list[float], left: Tensor) -> Tensor | None:
+        """Return which rows (B, R) converged, None where all did."""
+        if all(w <= e for w, e in zip(worst, self.enough, strict=True)):
+            return None
+        return left[..., 0] <= left.new_tensor(self.enough)[:, None]
+
+
+def _flags(values: list[bool], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)[:, None, None]
 
 
 def lost_samples(found: Iteration, unfit: Tensor | None) -> Tensor:
@@ -135,27 +178,3 @@ def lost_samples(found: Iteration, unfit: Tensor | None) -> Tensor:
     if found.converged is not None:
         lost = ~found.converged.all(1)
     return lost if unfit is None else lost | unfit
-
-
-def _enough(worst: Tensor, spread: float, stop: float, tiny: float) -> Tensor | float:
-    """Return what each sample's residual may end at, (B, 1, 1), or one number for a single sample."""
-    if worst.numel() == 1:
-        return stop / min(1.0, max(spread * float(worst), tiny))
-    return stop / (spread * worst).clamp_(min=tiny, max=1.0)
-
-
-def _range(worst: Tensor, enough: Tensor | float) -> tuple[float, float]:
-    """Return the least and the largest of worst / enough; NaN where there is one."""
-    if isinstance(enough, float):
-        ratio = float(worst) / enough
-        return ratio, ratio
-    lowest, highest = torch.aminmax(worst / enough)
-    return float(lowest), float(highest)
-
-
-def _rate(enough: Tensor | float, steps: int, limit: int) -> Tensor | float:
-    """Return what the residual must be by now if the rate so far is to reach ``enough`` within the limit.
-
-    Half as many steps again are allowed for, and the first three tell nothing.
-    """
-    return 1e300 if steps < 3 else enough ** (steps / (1.5 * limit))

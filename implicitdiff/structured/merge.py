@@ -13,9 +13,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.factor import Leaves
+from implicitdiff.status import Status
 from implicitdiff.structured.writer import Written
 
+SMALL = 1000
+"""K is formed to find out why a solution is not finite up to this many unknowns."""
 Gradients = tuple[Tensor | None, ...]
 A = TypeVar("A")
 
@@ -53,6 +57,19 @@ def merged_gradients(redo: Tensor, new: Gradients, old: Gradients, batched: Sequ
         merged_leaves(redo, [a], [b], 0)[0] if own and a is not None and b is not None else a
         for a, b, own in zip(new, old, batched, strict=True)
     )
+
+
+def unsolved(status: Tensor, declared: Declared) -> Tensor | None:
+    """Which samples (B,) K as one matrix may still serve; None where none.
+
+    Those whose H or S is singular; where K is small also those without a finite answer: a zero on a diagonal H makes
+    S infinite, though K may be regular.
+    """
+    found = status == Status.SINGULAR
+    unknowns = declared.space.size + declared.constraint_space.size
+    if unknowns <= SMALL:
+        found = found | (status == Status.NONFINITE)
+    return found if bool(found.any()) else None
 
 
 def flagged(flag: Tensor | bool, batch: int, like: Tensor) -> Tensor | None:

@@ -255,8 +255,8 @@ class StructuredPlan:
         whole = way == "full" or self.recipes.route.name == "full" or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
-        singular = status == Status.SINGULAR
-        if not bool(singular.any()):
+        singular = merge.unsolved(status, self.declared)
+        if singular is None:
             return None
         return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ from implicitdiff.combinatorial import (
 )
 from implicitdiff.combinatorial.invariance import random_costs
 from implicitdiff.diagnostics.discrete import only_cost
-from implicitdiff.diagnostics.tables import number, pairs, seconds, table
+from implicitdiff.diagnostics.tables import WIDTH, number, pairs, seconds, table
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning, OptionError
 
 # The length of the step that is tried, in units of |w|.
@@ -94,6 +95,10 @@ class DiscreteComparison:
         return text
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """The rows as a table, in lines of at most `width` characters, the formulas and the verdict."""
         cells = [
             (
                 row.estimator,
@@ -109,11 +114,10 @@ class DiscreteComparison:
         ]
         notes = list(dict.fromkeys((row.estimator, row.note) for row in self.rows if row.note))
         formulas = list(dict.fromkeys((row.estimator, row.gradient) for row in self.rows))
-        return (
-            f"estimators for {self.solver}\n\n{table(_HEADER, cells, _HEADER[2:])}\n\n{pairs([*formulas, *notes])}\n\n"
-            f"time: forward and backward, one thread, median in alternation; progress: of a step of {STEP:g} |w|\n"
-            f"{self.verdict}"
-        )
+        body, told = table(_HEADER, cells, _HEADER[2:], width), pairs([*formulas, *notes], width)
+        last = f"time: forward and backward, one thread, median in alternation; progress: of a step of {STEP:g} |w|"
+        lines = "\n".join(textwrap.fill(line, width) for line in (last, self.verdict))
+        return f"estimators for {self.solver}\n\n{body}\n\n{told}\n\n{lines}"
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows as comma-separated values with a header; also written to `path` if given."""

@@ -6,15 +6,16 @@ In: a `DiscreteLayer` and costs, with or without data. Out: a frozen `DiscreteEx
 
 from __future__ import annotations
 
-import html
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 from implicitdiff.combinatorial import DiscreteLayer, Perturbed, check_invariance
 from implicitdiff.combinatorial.estimator import Estimator
 from implicitdiff.diagnostics.discrete import only_cost
-from implicitdiff.diagnostics.tables import pairs
+from implicitdiff.diagnostics.page import document, framed, rows
+from implicitdiff.diagnostics.tables import WIDTH, pairs
 from implicitdiff.errors import ProjectionError
 
 REPLACEMENT = "a replacement: the derivative of y(w) is zero almost everywhere"
@@ -69,8 +70,13 @@ class DiscreteExplanation:
     modes: str
 
     def __str__(self) -> str:
-        """A report for a person."""
-        return f"{self.solver} with {self.estimator}: {self.summary}\n\n{pairs(self._lines())}"
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """A report for a person, in lines of at most `width` characters."""
+        title = f"{self.solver} with {self.estimator}: {self.summary}"
+        title = textwrap.fill(title, width) if width < WIDTH else title
+        return f"{title}\n\n{pairs(self._lines(), width)}"
 
     def _lines(self) -> list[tuple[str, str]]:
         size = math.prod(self.shape)
@@ -103,17 +109,13 @@ class DiscreteExplanation:
         return f"{each}, {total} for batch {self.batch}; in evaluation {self.batch}"
 
     def to_html(self) -> str:
-        """The report as one self-contained HTML fragment; every text is escaped."""
-        rows = "\n".join(
-            f"<tr><th scope='row'>{html.escape(label)}</th><td>{html.escape(text)}</td></tr>"
-            for label, text in self._lines()
-            if label
-        )
-        title = html.escape(f"{self.solver} with {self.estimator}")
-        return (
-            f"<section class='implicitdiff'>\n<h3>{title}</h3>\n<p>{html.escape(self.summary)}</p>\n"
-            f"<table>\n{rows}\n</table>\n</section>"
-        )
+        """The report as one self-contained page; every text is escaped."""
+        table = f"<table>{rows((label, text) for label, text in self._lines() if label)}</table>"
+        return document(f"{self.solver} with {self.estimator}", self.summary, "", [("The layer", table)])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page in a frame of its own."""
+        return framed(self.to_html(), height=520)
 
     def to_latex(self) -> str:
         """The layer and its gradient in symbols, an `align*` environment."""
