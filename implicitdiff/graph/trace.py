@@ -58,7 +58,7 @@ class TracedFunction:
     """One declared function as a graph.
 
     Attributes:
-        name: The hook: 'objective' or 'equality'.
+        name: The hook: 'objective' or 'equality' ('residual' or 'step' for a system of equations).
         module: Called with all leaves of one sample, in the order of ``Trace.placeholders``; returns a 0-dim
             tensor for the objective, a tuple of tensors for the constraints.
         output_shapes: The shapes of one sample's outputs.

@@ -119,12 +119,14 @@ def _for_grid(operator: Block) -> tuple[str, ...]:
 
 @candidates.register
 def _for_sums(operator: Sum) -> tuple[str, ...]:
-    return ("cg",) if any(isinstance(term, MatrixFree) for term in operator.terms) else ("cholesky", "lu")
+    if not any(isinstance(term, MatrixFree) for term in operator.terms):
+        return ("cholesky", "lu")
+    return ("cg",) if operator.symmetric else ("gmres",)
 
 
 @candidates.register
 def _for_products(operator: MatrixFree) -> tuple[str, ...]:
-    return ("cg",)
+    return ("cg",) if operator.symmetric else ("gmres",)
 
 
 def choose(
