@@ -395,3 +395,38 @@ def test_declarations_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(idf.ProblemDefinitionError, match=words):
             idf.DeclarativeLayer(problem)(x)
+
+
+class Divided(idf.Root):
+    """W u + u^3 = b with u outside of reach where b is not finite; J singular where W is 0 and u is 0."""
+
+    def residual(self, u, W, b):
+        return W @ u + u**3 - b
+
+    def init(self, W, b):
+        return b * 0
+
+
+@pytest.mark.parametrize("backward", ["auto", "dense", "matrix-free"])
+def test_a_bad_sample_leaves_the_bits_of_the_others_alone(backward: str) -> None:
+    W = 2 * torch.eye(3, dtype=torch.float64) + 0.3 * draw(3, 3, 3)
+    b = draw(3, 3, seed=1)
+    spoilt_W, spoilt_b = W.clone(), b.clone()
+    spoilt_W[1], spoilt_b[1] = 0.0, 0.0
+    found = []
+    for inputs in ((W, b), (spoilt_W, spoilt_b)):
+        leaves = differentiable(*inputs)
+        u = idf.DeclarativeLayer(Divided(), on_failure="nan", backward=backward)(*leaves)
+        found.append((u, *torch.autograd.grad(u.nan_to_num().square().sum(), leaves)))
+    for good, beside in zip(*found, strict=True):
+        assert torch.equal(good[[0, 2]], beside[[0, 2]])
+
+
+def test_fixed_points_do_not_see_each_other() -> None:
+    x = draw(3, 4)
+    other = x.clone()
+    other[1] *= 40
+    layer = idf.DeclarativeLayer(Equilibrium(gain=1.5), on_failure="warn")
+    first, second = layer.solve(x), layer.solve(other)
+    for name in ("u", "iterations", "residual", "status"):
+        assert torch.equal(getattr(first, name)[[0, 2]], getattr(second, name)[[0, 2]]), name

@@ -134,7 +134,7 @@ class Anderson:
         moved = replace(
             best, u=u, constraint=-f, residual=largest(f) / scale, violation=largest(f) / scale
         ).where(better, best)
-        arrived = better & (moved.residual <= tol)
-        if not bool(arrived.any()) and (count + 1) % LOOK:
+        wanted = better & (moved.residual <= tol) if (count + 1) % LOOK else moved.finite
+        if not bool(wanted.any()):
             return moved
-        return system.evaluate(moved.u, moved.multipliers).where(moved.finite, moved)
+        return system.evaluate(moved.u, moved.multipliers).where(wanted, moved)

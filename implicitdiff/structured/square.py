@@ -153,8 +153,10 @@ class SquarePlan(StructuredPlan):
         size = torch.stack([leaf.reshape(batch, -1).abs().amax(1) for leaf in residual if leaf.numel()]).amax(
             0
         )
-        if not bool((size <= torch.finfo(size.dtype).eps ** 0.5 * scale).all()):
-            scale = torch.maximum(scale, self.dense.linear_scale(u, theta, residual))
+        small = size <= torch.finfo(size.dtype).eps ** 0.5 * scale
+        if not bool(small.all()):  # the others keep their bits
+            linear = self.dense.linear_scale(u, theta, residual)
+            scale = torch.where(small, scale, torch.maximum(scale, linear))
         nothing = tuple(torch.zeros_like(leaf) for leaf in u)
         return Stationarity(nothing, torch.zeros_like(size), residual, scale)
 
