@@ -139,6 +139,29 @@ def test_a_long_chain_is_solved_as_a_band() -> None:
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
 
 
+def test_many_variables_with_a_term_by_products_are_solved_by_conjugate_gradients() -> None:
+    class Large(idf.Problem):
+        """600 variables, one term of H known by its products."""
+
+        def rest(self, u):
+            return 0.1 * torch.cosh(torch.cumsum(u, 0)[-1] / 20)
+
+        def objective(self, u, x):
+            return torch.cosh(u).sum() + self.rest(u) - x @ u
+
+        def hessian(self, u, multipliers, x):
+            return O.Sum((O.Diagonal(torch.cosh(u)[None]), O.Autodiff(self.rest, u)))
+
+        def init(self, x):
+            return x * 0
+
+    x = draw(2, 600).requires_grad_()
+    assert idf.explain(Large(), x.detach()).solver == "cg"
+    (found,) = torch.autograd.grad(idf.DeclarativeLayer(Large())(x).pow(2).sum(), x)
+    (truth,) = torch.autograd.grad(idf.DeclarativeLayer(Large(), backward="dense")(x).pow(2).sum(), x)
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-10)
+
+
 def test_transforms_and_compile() -> None:
     problem, (A, b), _, _, _ = CASES["constrained"]
     one = idf.DeclarativeLayer(problem, in_dims=None)

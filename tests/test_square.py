@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import implicitdiff as idf
+from implicitdiff.operators import Block, Dense, Diagonal
+from implicitdiff.solvers import LU
+from implicitdiff.solvers.substitution import SubstitutionFactorization, substitution_order
 from tests.equation_problems import draw
 
 EYE3, EYE4 = torch.eye(3, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
@@ -268,3 +271,52 @@ def test_a_long_chain_costs_in_proportion_to_its_length() -> None:
         return found.bytes
 
     assert work(4000) < 2.5 * work(2000)
+
+
+class Cascade(idf.Root):
+    """Three variables, each fed by those before it: a block triangular Jacobian, in another order than theirs."""
+
+    def residual(self, u, x, W):
+        a, b, c = u
+        first = W @ torch.tanh(a) + 4 * a + b.sum() * (W.T @ c) - x
+        second = 3 * b + 0.3 * W[:2, :2] @ torch.sin(b) - x[:2]
+        third = 2 * c + 0.2 * torch.tanh(W @ c) - (W[:, :2] @ b) * x.sum()
+        return first, second, third
+
+    def init(self, x, W):
+        return x * 0, x[:2] * 0, x * 0
+
+
+def test_blocks_that_feed_each_other_one_way_are_solved_one_by_one() -> None:
+    x, W = draw(B, 4), draw(4, 4, seed=1)
+    found = idf.explain(Cascade(), x, W, in_dims=(0, None))
+    assert (found.hessian.kind, found.solver) == ("block", "lu")
+    inputs = [x.clone().requires_grad_(), W.clone().requires_grad_()]
+    grads = []
+    for backward in ("auto", "dense"):
+        u = flat(idf.DeclarativeLayer(Cascade(), in_dims=(0, None), backward=backward)(*inputs))
+        grads.append(torch.autograd.grad(u, inputs, draw(*u.shape, seed=7)))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_substitution_against_the_dense_inverse() -> None:
+    corners = [Dense(draw(2, 3, 3) + 3 * EYE3, symmetric=False), Diagonal(2 + draw(2, 4, seed=1).abs())]
+    below = draw(1, 4, 3, seed=2)
+    operator = Block(((corners[0], None), (below, corners[1])), (3, 4), symmetric=False)
+    rhs = draw(3, 2, 7, seed=3)
+    for grid in (operator, operator.transpose()):
+        assert substitution_order(grid) == ((0, 1) if grid is operator else (1, 0))
+        factor = LU().factor(grid)
+        assert isinstance(factor, SubstitutionFactorization)
+        truth = torch.einsum("bij,rbj->rbi", torch.linalg.inv(grid.to_dense()), rhs)
+        torch.testing.assert_close(factor.solve(rhs), truth, rtol=1e-11, atol=1e-12)
+    both = Block(((corners[0], below.mT), (below, corners[1])), (3, 4), symmetric=False)
+    assert substitution_order(both) is None
+    singular = corners[1].diagonal.clone()
+    singular[1, 2] = 0.0
+    factor = LU().factor(Block(((corners[0], None), (below, Diagonal(singular))), (3, 4), symmetric=False))
+    assert factor.status.tolist() == [idf.Status.OK, idf.Status.SINGULAR]
+    solution = factor.solve(rhs)
+    assert bool(torch.isfinite(solution[:, 0]).all())
+    assert bool(solution[:, 1].isnan().any())

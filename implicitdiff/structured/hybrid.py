@@ -25,13 +25,17 @@ from implicitdiff.structure.report import Analysis, Fallback, MatrixReport
 from implicitdiff.structured.hook import DeclaredHessian, rebuilt
 
 SAMPLES_NAMED = 8
+WRITTEN_OUT = 500
+"""Up to this many variables terms of automatic differentiation are written out, one product a column; beyond, a sum
+with such terms is solved by conjugate gradients, with the diagonal of the other terms as preconditioner."""
 
 
 class HybridPlan(AutodiffPlan):
     """An `AutodiffPlan` whose H is the declared operator, factored by what its kind allows.
 
     Without constraints a solve is one with H; with them K is solved through S = A H^-1 A', which takes p solves with H,
-    and samples where that fails (a singular H) by K as one matrix. Damped solves take the dense H.
+    and samples where that fails (a singular H) by K as one matrix, unless that is too large. Damped solves take the
+    dense H.
     """
 
     def __init__(self, trace: Trace, declared: DeclaredHessian, linear_solver: str) -> None:
@@ -64,8 +68,7 @@ class HybridPlan(AutodiffPlan):
 
     def _as_one(self, operator: LinearOperator) -> LinearOperator:
         """The operator that is factored: of one kind where its terms make one, written out where it is small enough."""
-        small = self.size**2 * self.trace.variables[0].dtype.itemsize <= DENSE_BYTES
-        return simplified(operator, write_out=small)
+        return simplified(operator, write_out=self.size <= WRITTEN_OUT)
 
     def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
         """H as declared, after the probe."""
@@ -118,12 +121,15 @@ class HybridPlan(AutodiffPlan):
         def solve(rhs_u: Leaves, rhs_h: Leaves) -> Solution:
             a, batch = flat.join(rhs_u, 2), rhs_u[0].shape[1]
             if system is None:
-                return flat.split(factor.solve(a), self.variable_shapes), (), factor.status.expand(batch)
-            w, s = system.solve(a, flat.join(rhs_h, 2))
-            status = system.status.expand(batch)
-            leaves = flat.split(torch.cat([w, s], 2), shapes)
-            bad = (status != Status.OK) & (status != Status.INDEFINITE)
-            if not bool(bad.any()):
+                leaves = flat.split(factor.solve(a), shapes)
+                status = factor.status.expand(batch)
+                bad = status == Status.NOT_CONVERGED
+            else:
+                w, s = system.solve(a, flat.join(rhs_h, 2))
+                status = system.status.expand(batch)
+                leaves = flat.split(torch.cat([w, s], 2), shapes)
+                bad = (status != Status.OK) & (status != Status.INDEFINITE)
+            if not bool(bad.any()) or (self.size + self.constraints) ** 2 * a.element_size() > DENSE_BYTES:
                 return leaves[:count], leaves[count:], status
             whole_w, whole_s, verdict = super(HybridPlan, self).kkt_factor(u, lam, theta).solve(rhs_u, rhs_h)
             mended = tuple(
