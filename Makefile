@@ -30,17 +30,25 @@ EXTRAS_demo := demo
 EXTRAS_test := demo,test
 EXTRAS_lint := demo,test,lint,browser
 EXTRAS_browser := browser
+EXTRAS_dask := test,dask
 EXTRAS_bench := bench
 EXTRAS_peers := bench,peers
 
-.PHONY: demo test test-browser lint format bench peers fuzz clean distclean help
+.PHONY: demo test slow test-dask test-browser lint format bench peers fuzz clean distclean help
 
 demo: $(VENV)/installed-demo  ## the main job: explain, compare, and train on scikit-learn's digits
-	$(BIN)/python docs/demo/main.py
+	$(BIN)/implicitdiff demo
 
 test: $(VENV)/installed-test  ## all tests, one process for each core
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 	    --dist worksteal $(PYTEST_ARGS)
+
+slow: $(VENV)/installed-test  ## the orderings of the discrete experiments, by training: minutes
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
+	    tests/slow/identity_orderings.py
+
+test-dask: $(VENV)/installed-dask  ## a user's solver on a local Dask cluster, which this installs
+	$(BIN)/python -m pytest tests/distributed/solver_on_dask.py
 
 test-browser: $(VENV)/installed-browser  ## the HTML report in a headless browser, which this installs
 	bash tests/browser/install.sh $(BIN)/python

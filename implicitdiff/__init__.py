@@ -9,7 +9,8 @@ import importlib
 import typing
 
 from implicitdiff import operators, optimizers
-from implicitdiff.diagnostics import check, compare, explain
+from implicitdiff.autograd import KKTOptions
+from implicitdiff.diagnostics import check, compare, explain, walkthrough
 from implicitdiff.equations import FixedPoint, Root
 from implicitdiff.errors import (
     CapturedTensorError,
@@ -38,6 +39,7 @@ from implicitdiff.errors import (
     UnrollError,
 )
 from implicitdiff.layer import DeclarativeLayer, implicit, solve
+from implicitdiff.memory import memory_limit, set_memory_limit
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.records import record
 from implicitdiff.status import Status
@@ -57,6 +59,7 @@ __all__ = [
     "ImplicitDiffWarning",
     "InfeasibleError",
     "InputError",
+    "KKTOptions",
     "LossGradientWarning",
     "NotOptimalError",
     "NotSupportedYetError",
@@ -84,10 +87,13 @@ __all__ = [
     "explain",
     "implicit",
     "jacobian",
+    "memory_limit",
     "operators",
     "optimizers",
     "record",
+    "set_memory_limit",
     "solve",
+    "walkthrough",
 ]
 
 

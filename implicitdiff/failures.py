@@ -111,6 +111,14 @@ def _describe(found: Check, mask: Tensor, kind: Status, source: str, hint: str) 
     return [(kind, line)]
 
 
+def filled(leaves: tuple[Tensor, ...], bad: Tensor, on_failure: str) -> tuple[Tensor, ...]:
+    """The policy's value in the failed samples (B,) of u or lam."""
+    if on_failure not in ("nan", "zero"):
+        return leaves
+    fill = torch.nan if on_failure == "nan" else 0.0
+    return tuple(torch.where(bad.reshape(-1, *(1,) * (leaf.dim() - 1)), fill, leaf) for leaf in leaves)
+
+
 def name_samples(samples: Sequence[int], batch: int) -> str:
     """'sample 3 of 32' or 'samples 3, 7 of 32'; a long list is cut after eight."""
     named = ", ".join(str(sample) for sample in samples[:_SAMPLES_NAMED])

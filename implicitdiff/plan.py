@@ -7,6 +7,7 @@ first; what it cannot do falls back to `derivatives/autodiff.py`. Next: `autogra
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -21,12 +22,13 @@ from implicitdiff.derivatives.equations import EquationsMatrixFreePlan, Equation
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
-from implicitdiff.errors import OptionError
+from implicitdiff.errors import FallbackWarning, OptionError
+from implicitdiff.graph.active import active_trace, interior_trace
 from implicitdiff.graph.ir import Unsupported
 from implicitdiff.graph.record import LOCK
 from implicitdiff.graph.trace import Trace, trace_problem
 from implicitdiff.inputs import Bound
-from implicitdiff.kkt.route import DENSE_BYTES
+from implicitdiff.memory import memory_limit, over_limit
 from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
@@ -106,6 +108,7 @@ def plan_for(
     *,
     backward: str = "auto",
     linear_solver: str = "auto",
+    compiled: bool = False,
 ) -> Plan:
     """The plan of a call: from the cache, or derived now.
 
@@ -116,11 +119,12 @@ def plan_for(
         variable_spec: their structure.
         backward: the layer's option; it decides which kind of plan is made.
         linear_solver: the layer's option.
+        compiled: the layer's option `compile`.
 
     Returns:
         The plan. The signature is that of the contract: shapes, dtypes, device, which tensors need gradients, training,
-        the default dtype, the values of the problem's attributes, the options. Values of tensors are no part of it,
-        nor is the batch size.
+        the default dtype, the values of the problem's attributes, the options, the memory limit. Values of tensors are
+        no part of it, nor is the batch size.
 
     Raises:
         TraceError: the declared functions cannot be traced.
@@ -130,25 +134,41 @@ def plan_for(
     needs = tuple(tensor.requires_grad for tensor in (*bound.leaves, *bound.tensors))
     shapes = tuple((tuple(leaf.shape), leaf.dtype, str(leaf.device)) for leaf in variables)
     traced = ("trace", bound.signature, shapes, describe(variable_spec))
-    planned = ("plan", *traced, needs, backward, linear_solver)
+    planned = ("plan", *traced, needs, backward, linear_solver, compiled, memory_limit())
 
     def derive() -> Plan:
-        trace = _TRACES.get(problem, traced, lambda: _traced(problem, variables, variable_spec, bound))
+        trace = _TRACES.get(
+            problem, traced, lambda: _traced(problem, (list(variables), variable_spec), bound)
+        )
         shown = (
             *(leaf.is_floating_point() for leaf in bound.leaves),
             *(tensor.requires_grad for tensor in bound.tensors),
         )
         with clean_context():  # a plan outlives the graph that is being recorded, if one is
-            return _build(trace, backward, linear_solver, shown)
+            return _build(trace, backward, linear_solver, shown, compiled=compiled)
 
     return _PLANS.get(problem, planned, derive)
 
 
-def _traced(problem: Problem, variables: Sequence[Tensor], variable_spec: Spec, bound: Bound) -> Trace:
-    trace = trace_problem(problem, (list(variables), variable_spec), bound)
-    if not problem.declares("hessian"):
-        return trace
-    return replace(trace, hessian=declared_hessian(problem, trace, bound, variables))
+def _traced(problem: Problem, variables: tuple[Sequence[Tensor], Spec], bound: Bound) -> Trace:
+    """The trace; where there are inequalities or bounds, that of the problem on an active set."""
+    trace = trace_problem(problem, variables, bound)
+    if problem.declares("hessian") and not trace.limited:
+        trace = replace(trace, hessian=declared_hessian(problem, trace, bound, variables[0]))
+    return active_trace(trace) if trace.limited else trace
+
+
+def interior_plan(plan: Plan, *, linear_solver: str = "auto", dense: bool = False) -> Plan:
+    """The plan of the interior-point steps for the plan of a problem with inequalities or bounds: H and A as there.
+
+    Its constraints are (h, g), and its masks are last in theta, see `graph.active.interior_trace`.
+    """
+
+    def derive() -> Plan:
+        with clean_context():
+            return _build(interior_trace(plan.trace.origin), "dense" if dense else "auto", linear_solver)
+
+    return _REBATCHED.get(plan.trace, ("interior", linear_solver, dense), derive)
 
 
 def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear_solver: str) -> Plan:
@@ -170,7 +190,7 @@ def with_batched(plan: Plan, batched: tuple[bool, ...], *, backward: str, linear
         with clean_context():
             return _build(trace, backward, linear_solver)
 
-    return _REBATCHED.get(plan.trace, (batched, backward, linear_solver), derive)
+    return _REBATCHED.get(plan.trace, (batched, backward, linear_solver, memory_limit()), derive)
 
 
 def check_options(backward: str, linear_solver: str) -> None:
@@ -183,10 +203,12 @@ def check_options(backward: str, linear_solver: str) -> None:
             raise OptionError(f"{option}={name!r} does not exist; choose one of {', '.join(known)}")
 
 
-def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = ()) -> Plan:
+def _build(
+    trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = (), *, compiled: bool = False
+) -> Plan:
     """Choose the kind of plan for a trace; `shown` are the theta whose gradients the report's code computes."""
     if trace.square:
-        return _build_square(trace, backward, linear_solver, shown)
+        return _build_square(trace, backward, linear_solver, shown, compiled=compiled)
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "matrix-free":
         return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
@@ -197,40 +219,55 @@ def _build(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool
     if backward != "dense":
         try:
             dense = AutodiffPlan(trace, unstructured(trace, "dense", "lu", ()))
-            return StructuredPlan(trace, linear_solver, dense, shown)
+            return StructuredPlan(trace, linear_solver, dense, shown, compiled=compiled)
         except Unsupported as refusal:
+            if compiled:
+                not_compiled(f"{refusal.operation or 'the problem'} is not covered: {refusal.reason}")
             fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
-        if _dense_bytes(trace) > DENSE_BYTES:
-            return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
+        if needed := over_limit("K", _rows(trace), trace.variables[0].dtype.itemsize):
+            analysis = unstructured(trace, "matrix-free", "minres", fallbacks)
+            return MatrixFreePlan(trace, replace(analysis, rejected=(("lu", needed),)))
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 
 
-def _build_square(trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool]) -> Plan:
+def _build_square(
+    trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool], *, compiled: bool
+) -> Plan:
     """The plan of a system of equations."""
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "approximate":
         return OneStepPlan(trace, unstructured(trace, "scaled-identity", "divide", fallbacks))
-    large = _dense_bytes(trace) > DENSE_BYTES
+    large = over_limit("J", _rows(trace), trace.variables[0].dtype.itemsize)
     if backward == "matrix-free":
         return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
     dense = EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
     if backward == "dense":
         return dense
     try:
-        return SquarePlan(trace, linear_solver, dense, shown)
+        return SquarePlan(trace, linear_solver, dense, shown, compiled=compiled)
     except Unsupported as refusal:
         fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
     if large:
+        fallbacks = (*fallbacks, Fallback("", "", large))
         return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
     return EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 
 
-def _dense_bytes(trace: Trace) -> int:
-    """Bytes of one sample's KKT matrix."""
+def not_compiled(reason: str) -> None:
+    """Warn that compile=True has no effect."""
+    warnings.warn(
+        f"compile=True: nothing is compiled, since no code is emitted: {reason}",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+def _rows(trace: Trace) -> int:
+    """Rows of one sample's KKT matrix."""
     size = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
     if trace.equality is not None and not trace.square:
         size += sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
-    return size * size * trace.variables[0].dtype.itemsize
+    return size
 
 
 def unstructured(trace: Trace, kind: str, solver: str, fallbacks: tuple[Fallback, ...]) -> Analysis:

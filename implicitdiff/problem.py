@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
-from implicitdiff.errors import NotSupportedYetError, ProblemDefinitionError
+from implicitdiff.errors import ProblemDefinitionError
 
 _ALIVE: weakref.WeakValueDictionary[int, "Problem"] = weakref.WeakValueDictionary()
 
@@ -116,14 +116,24 @@ class Problem(torch.nn.Module):
         raise undeclared(self, "equality")
 
     def inequality(self, u: Any, *inputs: Any, **unused: Any) -> Any:
-        """The constraints g(u, x) <= 0, for one sample; as ``equality``. Not supported yet.
+        """The constraints g(u, x) <= 0, for one sample; as ``equality``.
 
-        The multipliers mu are non-positive at a minimum, the negative of the textbook's.
+        The multipliers mu are non-positive at a minimum, the negative of the textbook's. Constraints that are not
+        active (g < 0) never change a derivative.
         """
         raise undeclared(self, "inequality")
 
     def bounds(self, *inputs: Any, **unused: Any) -> tuple[Any, Any]:
-        """(lower, upper) bounds of u for one sample, each None or broadcastable to u. Not supported yet."""
+        """(lower, upper) bounds of u for one sample; they may depend on the inputs and on Parameters.
+
+        Args:
+            inputs: The inputs of one sample.
+
+        Returns:
+            A pair; each part None, one number or tensor that broadcasts to u, or (where u is a pytree) the structure of
+            u with None, numbers and tensors in it. Infinite entries are no bounds. A variable on its bound follows it,
+            and is masked out of the linear systems: bounds make no rows of A.
+        """
         raise undeclared(self, "bounds")
 
     def init(self, *inputs: Any, **unused: Any) -> Any:
@@ -214,6 +224,12 @@ class Solution:
         status: int8, shape (batch,), see ``idf.Status``.
         iterations: Number of iterations, shape (batch,).
         residual: The scaled stationarity residual, shape (batch,).
+        bound_multipliers: (of lower bounds, of upper bounds), each like ``u``: non-positive at a minimum, 0 where the
+            bound is not active; None if there are no bounds. With L = f - lambda'h - mu'g they are -D_u L on lower
+            bounds and D_u L on upper ones. What ``solve`` returns here is not read.
+        margin: Strict complementarity, shape (batch,): the least over all inequalities and bounds of the larger of
+            slack and multiplier, each relative to its own terms; near 0 at a weakly active constraint, where only
+            one-sided derivatives exist. None if there are neither.
     """
 
     u: Any
@@ -223,6 +239,8 @@ class Solution:
     status: torch.Tensor | None = None
     iterations: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    bound_multipliers: Any = None
+    margin: torch.Tensor | None = None
 
 
 def require_problem(problem: object) -> Problem:
@@ -236,7 +254,6 @@ def require_problem(problem: object) -> Problem:
 
     Raises:
         ProblemDefinitionError: It is not a Problem, has no objective, or has neither ``init`` nor ``solve``.
-        NotSupportedYetError: It declares inequalities or bounds.
     """
     if isinstance(problem, type) and issubclass(problem, Problem):
         raise ProblemDefinitionError(
@@ -260,12 +277,6 @@ def require_problem(problem: object) -> Problem:
             f"{name} declares neither init nor solve, so the structure and shape of u are unknown: declare "
             "init(self, *inputs), which returns a start point for one sample, or solve(self, *inputs)"
         )
-    for hook in ("inequality", "bounds"):
-        if problem.declares(hook):
-            raise NotSupportedYetError(
-                f"{name} declares {hook}, which is not supported yet: for now write it with equality "
-                "constraints, or with a barrier in the objective"
-            )
     return problem
 
 

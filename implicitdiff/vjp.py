@@ -16,14 +16,17 @@ from torch import Tensor
 from implicitdiff.autograd import Call
 from implicitdiff.autograd.call import undisturbed
 from implicitdiff.autograd.kkt import solve as kkt_solve
-from implicitdiff.derivatives import flat
+from implicitdiff.derivatives import eqn3, flat
 from implicitdiff.derivatives.equations import lagrangian_of
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.errors import InputError, SolutionError
 from implicitdiff.graph.trace import Example, variable_example
 from implicitdiff.inputs import Bound, InDims, bind
-from implicitdiff.layer.prepare import Options, Prepared, prepare
+from implicitdiff.layer.inequalities import known_call, located
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import Prepared, prepare
 from implicitdiff.operators import LinearOperator
+from implicitdiff.optimizers.limited_forward import active_at
 from implicitdiff.plan import plan_for
 from implicitdiff.problem import Problem, require_problem
 from implicitdiff.pytrees import flatten, flatten_like, unflatten
@@ -62,10 +65,24 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
         )
     with torch.no_grad(), undisturbed(prepared.theta[0]):
         theta = tuple(tensor.detach() for tensor in prepared.theta)
-        call = prepared.call()
-        solved = call.solve(call, theta, None)
-        matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, len(prepared.bound.leaves))
+        count = len(prepared.bound.leaves)
+        if prepared.plan.trace.limited:
+            matrices = _limited_jacobians(replace(prepared, theta=theta), count)
+        else:
+            call = prepared.call()
+            solved = call.solve(call, theta, None)
+            matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, count)
     return _arranged(prepared, matrices)
+
+
+def _limited_jacobians(prepared: Prepared, count: int) -> list[list[Tensor | None]]:
+    """The same with inequalities or bounds: on the active set of each sample."""
+    sides = []
+    for side in located(prepared):
+        call = known_call(side)
+        solved = call.solve(call, side.theta, side.known)
+        sides.append(_jacobians(call, solved.u, solved.multipliers or (), side.theta, count))
+    return sides[0]
 
 
 def _jacobians(call: Call, u: Leaves, lam: Leaves, theta: Leaves, count: int) -> list[list[Tensor | None]]:
@@ -191,24 +208,43 @@ class Derivatives:
     structured: Structured
     square: bool = False
 
+    @property
+    def Dy(self) -> Tensor:
+        """D_x u (m, n) by Eqn. 3, multiplied out: O((m + p)^3), for lessons; `jacobian` is the fast way."""
+        return eqn3.walk(self.A, self.B, self.C, self.H).Dy
+
     def __str__(self) -> str:
-        lines = []
-        square = self.square
-        for name, meaning, value in (
-            ("A", "D_u h", self.A),
-            ("B", "D_x r" if square else "D_xu L", self.B),
-            ("C", "D_x h", self.C),
-            ("H", "D_u r" if square else "D_uu L", self.H),
-            ("multipliers", "lambda'A = D_u f", self.multipliers),
-        ):
-            lines.append(f"{name} = {meaning}, {' x '.join(str(size) for size in value.shape)}")
-            if value.numel():
-                lines.append(_table(value))
+        lines = [self._sizes(), ""]
+        for name, meaning, value in self._given():
+            lines += [f"{name} = {meaning} {eqn3.shape(value)}", eqn3.matrix_text(value)]
         return "\n".join(lines)
 
     def show(self) -> None:
-        """Print all matrices."""
-        print(self)
+        """Print Eqn. 3 factor by factor, with the matrices of this point."""
+        walked = eqn3.walk(self.A, self.B, self.C, self.H)
+        lines = [f"Eqn. 3: {walked.equation}", "", str(self), "", "factor by factor"]
+        for factor in walked.factors:
+            lines.append(f"{factor.formula} {eqn3.shape(factor.value)}")
+            lines += [f"    ({factor.remark})"] if factor.remark else []
+            lines.append(eqn3.matrix_text(factor.value))
+        if walked.left_over is not None:
+            lines += ["", f"Dy keeps the constraints: |A Dy + C| = {walked.left_over:.1e}"]
+        print("\n".join(lines))
+
+    def _sizes(self) -> str:
+        inputs = ", ".join(f"{name} {value.shape[1]}" for name, value in self.B_by_input.items())
+        counts = f"m = {self.H.shape[0]} variables, n = {self.B.shape[1]} inputs ({inputs})"
+        return f"{counts}, p = {self.A.shape[0]} constraint{'s' * (self.A.shape[0] != 1)}"
+
+    def _given(self) -> list[tuple[str, str, Tensor]]:
+        constrained = [
+            ("A", "D_Y h", self.A),
+            ("C", "D_X h", self.C),
+            ("λ", "from λ'A = D_Y f", self.multipliers),
+        ]
+        meanings = ("D_X r", "D_Y r") if self.square else ("D_XY L", "D_YY L")
+        free = [("B", meanings[0], self.B), ("H", meanings[1], self.H)]
+        return [*free, *constrained] if self.A.shape[0] else free
 
 
 def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
@@ -220,7 +256,9 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         inputs: the inputs of one sample, without batch axis.
 
     Returns:
-        Derivatives. Integer inputs have no columns. Costs m + p gradients and (m + p) (m + n) numbers.
+        Derivatives. Inequalities that are active at u are rows of A and C after the equalities, the others are no rows;
+        a variable on its bound has the row of the identity in H, and B holds how it follows the bound. Integer inputs
+        have no columns. Costs m + p gradients and (m + p) (m + n) numbers.
 
     Raises:
         InputError: something is wrong with an input. SolutionError: u does not have the structure or shape of `init`.
@@ -233,8 +271,9 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
     with torch.no_grad(), undisturbed(dense.trace.theta(bound)[0]):
         theta = tuple(tensor.detach() for tensor in dense.trace.theta(bound))
         point = tuple(leaf.detach()[None] for leaf in flatten_like(u, example.spec, "u", SolutionError))
-        lam = dense.multipliers(point, theta)
-        lagrangian = lagrangian_of(dense.trace, (False,) * len(theta))
+        masks, lam, kept = active_at(dense, point, theta)
+        lagrangian = lagrangian_of(dense.trace, (*(False,) * len(theta), *(True,) * len(masks)))
+        theta = (*theta, *masks)
         active = [i for i in range(len(bound.leaves)) if theta[i].is_floating_point()]
         first = point[0]
         u_shapes, h_shapes = (
@@ -253,16 +292,19 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         if problem.square:
             # D_x u = -H^-1 B: the residual is what stands in the place of D_u L, and nothing is constrained.
             columns = {name: -value[m:] for name, value in columns.items()}
-            joined, jacobian, lam = -joined[m:], jacobian[:0], ()
+            joined, jacobian, lam, kept = -joined[m:], jacobian[:0], (), kept[:0]
         return Derivatives(
-            A=jacobian,
+            A=jacobian[kept],
             B=joined[:m],
-            C=-joined[m:],
+            C=-joined[m:][kept],
             H=dense.hessian(point, lam, theta).to_dense()[0],
-            multipliers=flat.join(lam, 1)[0] if lam else first.new_zeros(0),
+            multipliers=flat.join(lam, 1)[0][kept] if lam else first.new_zeros(0),
             B_by_input={name: value[:m] for name, value in columns.items()},
-            C_by_input={name: -value[m:] for name, value in columns.items()},
-            structured=Structured(best.hessian(point, best.multipliers(point, theta), theta), best.analysis),
+            C_by_input={name: -value[m:][kept] for name, value in columns.items()},
+            structured=Structured(
+                best.hessian(point, best.multipliers(point, theta) if problem.square else lam, theta),
+                best.analysis,
+            ),
             square=problem.square,
         )
 
@@ -283,8 +325,3 @@ def _example(problem: Problem, u: Any, bound: Bound) -> Example:
                 f"and {like.dtype} (one sample, without batch axis)"
             )
     return example
-
-
-def _table(value: Tensor) -> str:
-    rows = value if value.dim() == 2 else value[None]
-    return "\n".join("    " + " ".join(f"{entry:10.4g}" for entry in row) for row in rows.tolist())

@@ -42,6 +42,9 @@ class TraceDouble:
     variable_spec: Any
     equality_spec: Any
     square: str = ""
+    limited: bool = False
+    inequality: None = None
+    inequality_spec: None = None
 
 
 @dataclasses.dataclass(frozen=True)

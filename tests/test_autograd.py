@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from implicitdiff.autograd import ImplicitFunction, KKTSolve
 from implicitdiff.derivatives.factor import FactoredBy
 from implicitdiff.layer import DeclarativeLayer
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from tests.oracles import dense_vjp, relative_error
 from tests.small_problems import BY_NAME, SMALL, GeometricMedian, Portfolio, Quartic, Small, Sphere, draw
 

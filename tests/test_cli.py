@@ -160,6 +160,14 @@ def test_check_says_yes_or_no_by_its_exit_code(own: str) -> None:
     ]
 
 
+def test_walkthrough() -> None:
+    text = run("walkthrough", "optimal-transport", "--size", "m=2", "--size", "n=3").output
+    assert "A H^-1 A' (5 x 5)" in text
+    found = run_json("walkthrough", "robust-pooling")["steps"]
+    assert found[-1]["heading"] == "The gradient, from left to right"
+    assert "discrete" in run("walkthrough", "globe-tour", code=2).output
+
+
 def test_compare_sweeps_and_writes_its_files(own: str, tmp_path: Path) -> None:
     rows, picture = tmp_path / "rows.csv", tmp_path / "rows.pdf"
     words = (

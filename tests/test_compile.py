@@ -281,11 +281,14 @@ def test_options_belong_to_the_graph():
         return idf.solve(problem, x, a, in_dims=(0, None), **options).u
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    for options in ({"backward": "auto"}, {"backward": "approximate"}):
+    damped = {"kkt": idf.KKTOptions(trust_region=0.7)}
+    for options in ({"backward": "auto"}, damped, {"backward": "approximate"}):
         x, a = inputs
         (found,) = torch.autograd.grad(compiled(options, x, a).pow(3).sum(), a, allow_unused=True)
         (expected,) = torch.autograd.grad(run(options, x, a).pow(3).sum(), a, allow_unused=True)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        (exact,) = torch.autograd.grad(run({}, x, a).pow(3).sum(), a)
+        assert options == {"backward": "auto"} or (expected - exact).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -1,27 +1,23 @@
 """The demonstration's parts: the point sets are as described, training works, both reports are made."""
 
 import importlib
-from pathlib import Path
-from types import ModuleType
+import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-DEMO = Path(__file__).resolve().parent.parent / "docs" / "demo"
+import implicitdiff as idf
+from implicitdiff.cli import main
 
 
 @pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of docs/demo by name, as the script finds it."""
-    monkeypatch.syspath_prepend(str(DEMO))
-    loaded: list[str] = []
-
-    def load(name: str) -> ModuleType:
-        loaded.append(name)
-        return importlib.import_module(name)
-
-    return load
+def part() -> Callable[[str], Any]:
+    """Imports a module of the demonstration by name."""
+    return lambda name: importlib.import_module(f"implicitdiff.demo.{name}")
 
 
 def test_points_follow_the_ink(part: Any) -> None:
@@ -89,8 +85,32 @@ def test_welsch_pooling_learns_its_width(part: Any) -> None:
 def test_both_reports_are_made(part: Any) -> None:
     comparison = part("comparison")
     for case in comparison.cases():
-        report = comparison.explained(case)
+        report = str(comparison.explained(case))
         assert "nowhere: every operation is covered" in report, report
     small = comparison.Case("small", case.problem, case.problem.example())
-    table = comparison.compared(small)
+    table = str(comparison.compared(small))
     assert all(name in table for name in comparison.BACKWARDS)
+
+
+def test_command(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo, comparison, digits = part("main"), part("comparison"), part("digits")
+    generator = torch.Generator().manual_seed(0)
+    few = digits.PointSets(torch.randn(8, 2, 64, generator=generator), torch.arange(8))
+    monkeypatch.setattr(digits, "load", lambda outliers, seed: (few, few))
+    case = next(comparison.cases())
+    small = comparison.Case("a title", case.problem, case.problem.example())
+    monkeypatch.setattr(comparison, "cases", lambda: [small])
+    monkeypatch.setattr(comparison, "BACKWARDS", ("hand", "auto"))
+    found = CliRunner().invoke(main, ["demo", "--epochs", "1"])
+    assert found.exit_code == 0, found.output
+    assert max(map(len, found.output.splitlines())) <= 80
+    assert all(name in found.output for name in (*demo.POOLINGS, "40% outliers", "a title"))
+    result = json.loads(CliRunner().invoke(main, ["demo", "--epochs", "1", "--json"]).stdout)
+    assert len(result["accuracies"]) == 4
+    assert result["reports"][0]["explain"]["problem"] == "RobustPooling"
+
+
+def test_digits_need_scikit_learn(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(idf.ImplicitDiffError, match="pip install scikit-learn"):
+        part("digits").load(0.0, 0)

@@ -153,7 +153,8 @@ def test_jacobian_and_derivatives() -> None:
     assert at.A.shape == (0, 3)
     assert at.C.shape == (0, 12)
     torch.testing.assert_close(-torch.linalg.inv(at.H) @ at.B_by_input["b"], by_b[0], rtol=1e-11, atol=1e-12)
-    assert "D_u r" in str(at)
+    torch.testing.assert_close(at.Dy, torch.cat([by_W[0].reshape(3, 9), by_b[0]], 1), rtol=1e-10, atol=1e-11)
+    assert "D_Y r" in str(at)
 
 
 @pytest.mark.parametrize("recorder", ["aot_eager"])

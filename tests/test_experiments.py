@@ -13,11 +13,12 @@ from implicitdiff.experiments.identity import FAMILIES, reproduce_identity
 from implicitdiff.experiments.identity.applied import Applied, Method, identity, other
 from implicitdiff.experiments.identity.families.retrieval import ranking_loss
 from implicitdiff.experiments.identity.family import run_family
-from implicitdiff.experiments.identity.figures import draw_collapse
+from implicitdiff.experiments.identity.figures import save_collapse
 from implicitdiff.experiments.identity.report import page, verdicts
 from implicitdiff.experiments.identity.results import Run, Spread, Summary
 from implicitdiff.experiments.identity.store import read_runs, write_runs
 from implicitdiff.problems import KeypointMatching, SubsetSelection
+from implicitdiff.reproduce import Settings, experiment
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,7 +73,7 @@ def test_files_page_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert text.count("Not run.") == len(FAMILIES) - 1
     assert "±" in text
     svg = (tmp_path / "collapse-globe.svg").read_text(encoding="utf-8")
-    written = draw_collapse(FAMILIES["globe"], read_runs(tmp_path, "globe") or Summary(()), tmp_path)
+    written = save_collapse(FAMILIES["globe"], read_runs(tmp_path, "globe") or Summary(()), tmp_path)
     assert written[0].read_text(encoding="utf-8") == svg, "the same numbers give the same figure"
 
 
@@ -135,3 +136,24 @@ def test_informed_margin_makes_the_true_solution_dearer() -> None:
     target = torch.eye(4)[None]
     assert not torch.equal(applied(cost, target), target)
     assert torch.equal(applied.eval()(cost, target), target)
+
+
+def test_as_an_experiment_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = replace(FAMILIES["globe"], methods=FAMILIES["globe"].methods[:2])
+    for name in list(FAMILIES):
+        monkeypatch.delitem(FAMILIES, name)
+    monkeypatch.setitem(FAMILIES, "globe", family)
+    steps: list[tuple[int, int, str]] = []
+    found = experiment("identity").run(Settings(quick=True), lambda *step: steps.append(step))
+    assert [step[:2] for step in steps] == [(1, 2), (2, 2)]
+    assert [table.name for table in found.tables] == ["identity-globe"]
+    assert len(found.tables[0].rows) == 2
+    assert found.claims == (), "none is made at tiny sizes"
+    assert "Identity" in found.text()
+    assert found.figures[0][0] == "collapse-globe"
+    text = {
+        text.get_text()
+        for axes in found.figures[0][1]().axes
+        for text in (axes.xaxis.label, axes.yaxis.label)
+    }
+    assert {"epoch", "mean |w| of test data\n(units of cost)"} <= text

@@ -1,8 +1,6 @@
 """`explain`: the fields of the contract, the report, and the cost it claims for one backward pass."""
 
-import ast
 import dataclasses
-import inspect
 import sys
 
 import pytest
@@ -244,67 +242,3 @@ def test_what_is_no_problem_is_refused():
         explain(torch.nn.Linear(2, 2), torch.ones(2, 2))
     with pytest.raises(idf.InputError):
         explain(Median())
-
-
-def pooling(penalty: str, points: int) -> tuple[idf.Problem, tuple[Tensor, ...]]:
-    generator = torch.Generator().manual_seed(1)
-    return RobustPooling(penalty, 2.0), (torch.randn(2, 12, points, generator=generator),)
-
-
-def plans() -> list[tuple[idf.Problem, tuple[Tensor, ...], int]]:
-    """Problems with the number of statements that their backward pass may have."""
-    few = [(*pooling("pseudo-huber", n), 16) for n in (5, 900)]
-    return [*few, (*pooling("welsch", 5), 16), (OptimalTransport(5.0), OptimalTransport().example(), 24)]
-
-
-@pytest.mark.parametrize(("problem", "inputs", "most"), plans())
-def test_the_code_reads_as_written_by_hand(
-    problem: idf.Problem, inputs: tuple[Tensor, ...], most: int
-) -> None:
-    code = explain(problem, *inputs).code
-    (function,) = ast.parse(code).body
-    assert isinstance(function, ast.FunctionDef)
-    statements = function.body[1:]  # without the docstring
-    assert len(statements) <= most
-    assert [argument.arg for argument in function.args.args][:2] == ["v", "u" if "u" in code else "P"]
-    assert max(map(len, code.splitlines())) <= 110
-    seen: list[str] = []
-    for tree in ast.walk(function):
-        if isinstance(tree, ast.BinOp):
-            sides = [side.value for side in (tree.left, tree.right) if isinstance(side, ast.Constant)]
-            assert not (isinstance(tree.op, ast.Mult | ast.Div) and 1.0 in sides), ast.unparse(tree)
-            assert not (isinstance(tree.op, ast.Add | ast.Sub) and 0.0 in sides), ast.unparse(tree)
-        number = isinstance(tree, ast.UnaryOp) and isinstance(tree.operand, ast.Constant)
-        if isinstance(tree, ast.BinOp | ast.UnaryOp | ast.Compare | ast.Call) and not number:
-            seen.append(ast.unparse(tree))
-        assert not (isinstance(tree, ast.Attribute) and tree.attr in ("expand", "repeat"))
-    assert len(seen) == len(set(seen)), sorted(text for text in seen if seen.count(text) > 1)
-
-
-@pytest.mark.parametrize(("problem", "inputs", "most"), plans())
-def test_executing_the_code_gives_the_same_gradients_bit_by_bit(
-    problem: idf.Problem, inputs: tuple[Tensor, ...], most: int
-) -> None:
-    inputs = tuple(leaf.clone().requires_grad_() for leaf in inputs)
-    planned = plan_of(problem, inputs, 0)
-    u = DeclarativeLayer(problem)(*inputs)
-    v = torch.cos(7 * u.detach())
-    grads = torch.autograd.grad(u, inputs, v)
-    names = [leaf.name for leaf in planned.plan.trace.inputs]
-    given = {"v": v, u_name(planned.plan.analysis.code): u.detach()}
-    given |= dict(zip(names, [leaf.detach() for leaf in inputs], strict=True))
-    given |= {
-        p.name.removeprefix("self."): t.detach()
-        for p, t in zip(planned.plan.trace.tensors, problem.buffers(), strict=True)
-    }
-    scope = dict(planned.plan.writer.namespace)
-    exec(compile(planned.plan.analysis.code, "emitted", "exec"), scope)
-    arguments = inspect.signature(scope["backward"]).parameters
-    results = scope["backward"](*(given[name] for name in arguments))
-    for grad in grads:
-        assert any(isinstance(r, Tensor) and r.shape == grad.shape and torch.equal(r, grad) for r in results)
-
-
-def u_name(code: str) -> str:
-    """The name of the variable: the second argument of the emitted function."""
-    return code.split("(", 1)[1].split(")", 1)[0].split(", ")[1]

@@ -16,7 +16,8 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 
 import implicitdiff as idf
 from implicitdiff.diagnostics.meter import measure
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from tests.factor_count import count_factorisations
 from tests.path_problems import Cumulative, Full, Regression, Rows, Separable

@@ -171,12 +171,6 @@ def test_things_that_are_not_problems_or_not_yet_possible() -> None:
             DeclarativeLayer(thing)
     with pytest.raises(idf.ProblemDefinitionError, match="vjp"):
         DeclarativeLayer(Sphere(), backward="hand")
-    inputs = draw(2, 3, seed=1)
-    with pytest.warns(idf.FallbackWarning, match="eagerly"):
-        compiled = DeclarativeLayer(Sphere(), compile=True)(inputs)
-    assert torch.equal(compiled, DeclarativeLayer(Sphere())(inputs))
-    with pytest.warns(idf.FallbackWarning, match="eagerly"):
-        solve(Sphere(), inputs, compile=True)
 
 
 def test_the_function_takes_the_layer_s_options_and_no_others() -> None:

@@ -99,20 +99,6 @@ def test_incomplete_declarations(thing: Any, message: str) -> None:
         require_problem(thing)
 
 
-def test_what_is_not_supported_yet_says_so() -> None:
-    class Inequality(Declared):
-        def inequality(self, u, x):
-            return -u
-
-    class Bounds(Declared):
-        def bounds(self, x):
-            return 0.0, None
-
-    for problem, name in ((Inequality(), "inequality"), (Bounds(), "bounds")):
-        with pytest.raises(idf.NotSupportedYetError, match=f"declares {name}, which is not supported yet"):
-            require_problem(problem)
-
-
 def test_solution_is_frozen_and_defaults_to_nothing() -> None:
     solution = idf.Solution(torch.zeros(2))
     assert solution.equality_multipliers is None

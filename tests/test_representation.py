@@ -275,3 +275,44 @@ def test_a_long_statement_without_brackets_is_still_one_statement(head: str) -> 
     (statement,) = ast.parse(source).body[0].body  # type: ignore[attr-defined]
     (expected,) = ast.parse(f"def f():\n    {line}").body[0].body  # type: ignore[attr-defined]
     assert ast.dump(statement) == ast.dump(expected)
+
+
+def test_a_branch_knows_its_own_condition() -> None:
+    build = Builder()
+    x, y = leaf(build, "x", 3), leaf(build, "y", 3)
+    y = along(y, *x.labels)
+    near = build.fn("le", [x, build.number(0.5)])
+    mask = build.fn("where", [near, build.number(1.0), build.number(0.0)])
+    far = build.add([(-1.0, mask)], 1.0)
+    found = build.fn("where", [near, build.times(mask, y), build.times(far, far, x)])
+    assert found == build.fn("where", [near, y, x])
+    other = build.fn("le", [y, build.number(0.5)])
+    assert build.fn("where", [other, build.times(mask, y), x]) != build.fn("where", [other, y, x])
+    nested = build.fn("where", [near, build.number(0.25), build.number(0.75)])
+    assert build.fn("where", [near, build.times(nested, y), x]) == build.fn(
+        "where", [near, build.scale(0.25, y), x]
+    )
+
+
+def test_numbers_leave_a_branch_beside_zero_and_meet_one_beside_a_number() -> None:
+    build = Builder()
+    x = leaf(build, "x", 3)
+    near = build.fn("le", [x, build.number(0.5)])
+    zero, half = build.number(0.0), build.number(0.5)
+    beside_zero = build.fn("where", [near, zero, build.scale(-4.0, x)])
+    assert beside_zero == build.scale(-4.0, build.fn("where", [near, zero, x]))
+    beside_half = build.scale(2.0, build.fn("where", [near, half, build.scale(0.5, x)]))
+    assert beside_half == build.fn("where", [near, build.number(1.0), x])
+    values = torch.tensor([[0.25, 0.5, 2.0]], dtype=torch.float64)
+    for ref, expected in ((beside_zero, [0.0, 0.0, -8.0]), (beside_half, [1.0, 1.0, 2.0])):
+        assert evaluate(build, ref, x.labels, x=values).tolist() == [expected]
+
+
+def test_a_branch_not_taken_stays_finite_where_it_is_not_taken() -> None:
+    """The user's second where() is kept: its value may be multiplied by zero in a derivative of the emitted code."""
+    build = Builder()
+    x = leaf(build, "x", 3)
+    near = build.fn("le", [x, build.number(0.5)])
+    safe = build.fn("where", [near, build.number(1.0), x])
+    root = build.power(safe, -0.5)
+    assert build.fn("where", [near, build.number(1.0), root]).node.args[2].node is root.node

@@ -231,6 +231,28 @@ def test_every_operation_is_named_with_its_line() -> None:
     assert not dataclasses.replace(rows[0], error=1e-3).right
 
 
+# Identity
+
+
+def test_the_identity_experiments_are_one_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from implicitdiff.experiments.identity import reproduce as whole
+    from implicitdiff.reproduce import identity
+
+    family = whole.FAMILIES["retrieval"]
+    small = {"retrieval": dataclasses.replace(family, methods=family.methods[:2])}
+    monkeypatch.setattr(identity, "FAMILIES", small)
+    monkeypatch.setattr(whole, "FAMILIES", small)
+    told: list[tuple[int, int]] = []
+    result = reproduce.experiment("identity").run(
+        Settings(quick=True), lambda done, total, what: told.append((done, total))
+    )
+    assert told[-1] == (2, 2)
+    assert [row.method for row in result.tables[0].rows] == [method.name for method in family.methods[:2]]
+    names = {path.name for path in reproduce.write(result, tmp_path)}
+    assert {"identity.csv", "retrieval.csv", "results.md", "report.md"} <= names
+    assert max(map(len, result.text(80).splitlines())) <= 80
+
+
 # Registry and command
 
 

@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 import implicitdiff as idf
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.plan import BACKWARDS
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.solvers import SOLVERS

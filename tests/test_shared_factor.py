@@ -17,7 +17,8 @@ from torch.func import grad, hessian, jvp
 
 import implicitdiff as idf
 from implicitdiff.autograd import Call, ImplicitFunction, KKTSolve
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.solvers.cg import ConjugateGradientsFactorization
 from tests.factor_count import count_factorisations

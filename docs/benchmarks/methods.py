@@ -69,7 +69,12 @@ def racer(
     refusal = too_large(work) if method == "dense" else ""
     if refusal:
         return Absent(method, refusal)
-    refused: tuple[type[Exception], ...] = (idf.ImplicitDiffError, MemoryError, RuntimeError)
+    refused: tuple[type[Exception], ...] = (
+        idf.ImplicitDiffError,
+        idf.FallbackWarning,
+        MemoryError,
+        RuntimeError,
+    )
     if method in peers.ADAPTERS:
         refused = (Exception,)  # how another library fails is a result as well
     try:
@@ -86,19 +91,13 @@ def _forward(work: Work, method: str, linear_solver: str) -> Forward:
         return peers.ADAPTERS[method].load(work)
     # An unrolled gradient belongs to its own iterations, and a whole pass solves for itself.
     problem = work.problem if work.whole or method == "unrolled" else work.held
-    with warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("always")
-        backward = "auto" if method == "compiled" else method
-        layer = idf.DeclarativeLayer(
-            problem,
-            backward=backward,
-            linear_solver=linear_solver,
-            on_failure="warn",
-            compile=method == "compiled",
-        )
-    if method == "compiled" and any(issubclass(w.category, idf.FallbackWarning) for w in raised):
-        raise idf.ImplicitDiffError("compile=True runs eagerly in this version of the library")
-    return layer
+    return idf.DeclarativeLayer(
+        problem,
+        backward="auto" if method == "compiled" else method,
+        linear_solver=linear_solver,
+        on_failure="warn",
+        compile=method == "compiled",
+    )
 
 
 def _prepared(
@@ -108,6 +107,10 @@ def _prepared(
     v = work.cotangent()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if method == "compiled":
+            warnings.filterwarnings(
+                "error", "compile=True", idf.FallbackWarning
+            )  # an eager time is not its time
         forward(*inputs)  # traces and plans, which is no part of a call
         u, saved = saved_by(lambda: forward(*inputs))
 

@@ -7,5 +7,6 @@ can differentiate. Start reading at `call.py`, then `kkt.py` and `implicit.py`.
 from implicitdiff.autograd.call import Call
 from implicitdiff.autograd.implicit import ImplicitFunction
 from implicitdiff.autograd.kkt import KKTSolve
+from implicitdiff.autograd.options import KKTOptions
 
-__all__ = ["Call", "ImplicitFunction", "KKTSolve"]
+__all__ = ["Call", "ImplicitFunction", "KKTOptions", "KKTSolve"]

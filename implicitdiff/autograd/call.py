@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.autograd.shared import SharedFactor
 from implicitdiff.derivatives.equations import lagrangian_of
 from implicitdiff.derivatives.lagrangian import Lagrangian
@@ -65,6 +66,7 @@ class Call:
         records: the records open at the forward; the backward may run in another thread.
         vjp: the hand-written gradient, (call, u, v, theta) -> one gradient per theta or None; None for the automatic
             one.
+        kkt: what is done about K beside solving with it.
         factors: what the solves of this call share, also after folding.
     """
 
@@ -78,6 +80,7 @@ class Call:
     linear_solver: str = "auto"
     records: tuple[Record, ...] = ()
     vjp: Callable[[Call, Leaves, Leaves, Leaves], tuple[Tensor | None, ...]] | None = None
+    kkt: KKTOptions = PLAIN
     factors: SharedFactor = field(default_factory=SharedFactor, compare=False, repr=False)
 
     @property

@@ -223,7 +223,7 @@ def pull_back(
     if lean and masks.all_failed():
         return masks.nothing(theta, v, needs)
     found = None
-    if lean:
+    if lean and call.kkt.plain:
         silent = masks.any_failed()
         if silent:
             u, lam, theta = masks.sound(u, lam, theta)

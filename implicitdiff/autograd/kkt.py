@@ -26,16 +26,14 @@ from implicitdiff.autograd.call import (
     without,
     zeros_for,
 )
+from implicitdiff.autograd.careful import careful_solve, damped
 from implicitdiff.autograd.opaque import Flags, OpaqueStep
 from implicitdiff.autograd.regularity import report_saddles, settled
-from implicitdiff.errors import ConvergenceError, OptimalityWarning, SingularError
+from implicitdiff.errors import ConvergenceError, NotSupportedYetError, OptimalityWarning, SingularError
 from implicitdiff.failures import name_samples
 from implicitdiff.records import emit
 from implicitdiff.status import Status
 from implicitdiff.torch_private import nested_forward_mode, tangent_free
-
-# What damping adds to H, as a share of its size: as little as possible first.
-DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
 
 class KKTSolve(torch.autograd.Function):
@@ -120,6 +118,8 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
         q = KKTSolve.apply(call, *without(c_u, lost), *c_h, *point)
         needs = ctx.needs_input_grad[1 + count :]
         active = [index for index, need in enumerate(needs) if need and floating(point[index])]
+        if active:
+            _refuse_second(call)
         found: dict[int, Tensor] = {}
         if active:
             start = (*inside, *lam, *theta)
@@ -148,6 +148,7 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             u, lam, theta = call.split_point(point)
             inside, lost = call.lagrangian.inside(u, lam, theta)
             if any(tangent is not None for tangent in moved):
+                _refuse_second(call)
                 turned = call.lagrangian.kkt_tangent(inside, lam, theta, _pair(call, z), moved)
                 rhs = tuple(r - t for r, t in zip(rhs, (*turned[0], *turned[1]), strict=True))
             rhs_u, rhs_h = _pair(call, rhs)
@@ -174,11 +175,14 @@ def solve(
         SingularError: under "raise" (and under "damp" when no damping helps).
         ConvergenceError: likewise, when an iterative solver did not reach its tolerance.
     """
-    factor = (call.factors.at if keep else call.factors.find)(call.plan, u, lam, theta)
-    if factor is None:
-        w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+    if not call.kkt.plain:
+        w, s, status = careful_solve(call, u, lam, theta, rhs_u, rhs_h)
     else:
-        w, s, status = factor.solve(rhs_u, rhs_h)
+        factor = (call.factors.at if keep else call.factors.find)(call.plan, u, lam, theta)
+        if factor is None:
+            w, s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h)
+        else:
+            w, s, status = factor.solve(rhs_u, rhs_h)
     idle = _idle((*rhs_u, *rhs_h))
     report_saddles(call, u, lam, theta, status)
     bad = unusable(status) & ~idle
@@ -186,7 +190,7 @@ def solve(
         status = settled(call, status, u, theta)
         bad = unusable(status) & ~idle
         if call.on_failure == "damp":
-            w, s, bad = _damped(call, u, lam, theta, rhs_u, rhs_h, w, s, bad)
+            w, s, bad = damped(call, (u, lam, theta), (rhs_u, rhs_h), (w, s), bad)
         if bool(bad.any()):
             _report(call, status, bad)
             if call.on_failure in ("nan", "zero"):
@@ -195,52 +199,18 @@ def solve(
     return _fill(w, idle, 0.0), _fill(s, idle, 0.0)
 
 
+def _refuse_second(call: Call) -> None:
+    """K^+ of a K whose null space moves has a derivative of its own, which is not the one of K^-1."""
+    if call.kkt.least_norm:
+        raise NotSupportedYetError(
+            f"second derivatives of {call.name} with KKTOptions(least_norm=True), which has first derivatives only: "
+            "leave it out where the minimiser is unique"
+        )
+
+
 def unusable(status: Tensor) -> Tensor:
     """(B,) where a solve has no answer. At a saddle (INDEFINITE) K is regular and the derivative exists."""
     return (status != Status.OK) & (status != Status.INDEFINITE)
-
-
-def _damped(
-    call: Call,
-    u: Leaves,
-    lam: Leaves,
-    theta: Leaves,
-    rhs_u: Leaves,
-    rhs_h: Leaves,
-    w: Leaves,
-    s: Leaves,
-    bad: Tensor,
-) -> tuple[Leaves, Leaves, Tensor]:
-    """H + shift I in the bad samples, the shift growing until K is regular there."""
-    ones = tuple(torch.ones_like(leaf) for leaf in u)
-    product, pushed = call.lagrangian.kkt_product(
-        u, lam, theta, ones, tuple(torch.zeros_like(leaf) for leaf in lam)
-    )
-    product = pushed if call.square else product
-    size = torch.stack([leaf.abs().reshape(len(bad), -1).amax(1) for leaf in product]).amax(0)
-    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
-    damped = torch.zeros_like(bad)
-    for share in DAMPING:
-        share = max(share, torch.finfo(size.dtype).eps ** 0.5)
-        shift = torch.where(bad, share * size, 0.0)
-        again_w, again_s, status = call.plan.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift=shift)
-        cured = bad & (status == Status.OK)
-        w, s = _choose(cured, again_w, w), _choose(cured, again_s, s)
-        bad, damped = bad & ~cured, damped | cured
-        if not bool(bad.any()):
-            break
-    samples = torch.nonzero(damped)[:, 0].tolist()
-    if samples:
-        named = name_samples(samples, call.batch)
-        what = (
-            "the Jacobian of the residual is singular and"
-            if call.square
-            else "the KKT matrix is singular, its Hessian"
-        )
-        message = f"{call.name}: {named}: {what} was damped"
-        emit(Status.DAMPED.name, "backward", samples, message, call.records)
-        warnings.warn(message, OptimalityWarning, stacklevel=2)
-    return w, s, bad
 
 
 def _report(call: Call, status: Tensor, bad: Tensor) -> None:
@@ -256,7 +226,8 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
     remedy = (
         "accept it with on_failure='warn', 'nan' or 'zero'"
         if kind == Status.NOT_REGULAR
-        else "add a small quadratic term to the objective, or accept it with on_failure='damp', 'nan' or 'zero'"
+        else "add a small quadratic term to the objective, accept it with on_failure='damp', 'nan' or 'zero', or "
+        "take the derivative of least norm with kkt=idf.KKTOptions(least_norm=True)"
     )
     message = f"{call.name}: {name_samples(samples, call.batch)}: {what}; {remedy}"
     if call.square:

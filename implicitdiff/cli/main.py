@@ -11,9 +11,11 @@ import click
 from implicitdiff.cli.commands.check import check
 from implicitdiff.cli.commands.compare import compare
 from implicitdiff.cli.commands.completion import completion
+from implicitdiff.cli.commands.demo import demo
 from implicitdiff.cli.commands.explain import explain
 from implicitdiff.cli.commands.list import list_names
 from implicitdiff.cli.commands.reproduce import reproduce
+from implicitdiff.cli.commands.walkthrough import walkthrough
 
 _EPILOG = """\b
 PROBLEM is the name of a built-in problem (implicitdiff list problems), or a
@@ -35,5 +37,5 @@ def main() -> None:
     """Exact, structured gradients through the solutions of optimisation problems."""
 
 
-for command in (list_names, explain, check, compare, reproduce, completion):
+for command in (list_names, explain, check, compare, walkthrough, reproduce, demo, completion):
     main.add_command(command)

@@ -5,6 +5,8 @@ In: batches (B, ...) of costs or solutions. Out: nothing, or a named error. Next
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def check_finite(costs: Tensor, name: str, what: str = "costs") -> None:
     The sum is tested first, since it is finite only if every entry is and takes one pass without a temporary.
     """
     require_values(costs, name)
-    if torch.isfinite(costs.sum()):
+    if math.isfinite(float(costs.sum())):
         return
     bad = ~torch.isfinite(costs.flatten(1)).all(1)
     if bad.any():  # a sum of finite numbers can overflow
@@ -46,7 +48,7 @@ def check_finite(costs: Tensor, name: str, what: str = "costs") -> None:
 
 def check_domain(costs: Tensor, name: str, what: str = "costs") -> None:
     """Raise InputError where a cost is negative."""
-    if costs.numel() and costs.amin() < 0:
+    if costs.numel() and float(costs.amin()) < 0:
         bad = (costs.flatten(1) < 0).any(1)
         raise InputError(
             f"{what} of {name} are negative in {name_samples(bad)} of {len(costs)}, where the solver's answer would be "
@@ -62,7 +64,7 @@ def check_solution(y: Tensor, costs: Tensor, name: str) -> None:
         raise SolverError(
             f"{name} returned shape {tuple(y.shape)} for costs {tuple(costs.shape)}: they must be equal"
         )
-    if not torch.isfinite(y.sum()):
+    if not math.isfinite(float(y.sum())):
         bad = ~torch.isfinite(y.flatten(1)).all(1)
         if bad.any():
             raise SolverError(f"{name} returned NaN or inf for {name_samples(bad)} of {len(y)}")

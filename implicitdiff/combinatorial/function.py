@@ -6,6 +6,7 @@ In: a `Pass` and costs (B, *shape). Out: solutions, differentiable as the estima
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -82,6 +83,10 @@ class DiscreteFunction(torch.autograd.Function):
         """Fold the vmapped axis into the batch and apply again, so that vmaps nest and noise is drawn per entry."""
         outputs = DiscreteFunction.apply(estimator, run, fold(w, in_dims[2], info.batch_size))
         return tuple(unfold(value, info.batch_size) for value in outputs), (0,) * len(outputs)
+
+
+# torch asks for the signature of `forward` in every call, and inspect works it out anew unless it is an attribute.
+setattr(DiscreteFunction.forward, "__signature__", inspect.signature(DiscreteFunction.forward))  # noqa: B010
 
 
 def _differentiate(

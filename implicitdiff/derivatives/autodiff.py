@@ -156,7 +156,7 @@ class AutodiffPlan:
         return rows.movedim(0, 1)
 
     def kkt_matrix(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> Tensor:
-        """K = [[H + shift I, -A'], [-A, 0]], (B, m + p, m + p)."""
+        """K = [[H + shift I, -A'], [-A, -D]], (B, m + p, m + p); D = 0 but for rows that may be off."""
         hessian = self.hessian_matrix(u, lam, theta)
         if shift is not None:
             hessian = hessian + shift[:, None, None] * torch.eye(
@@ -165,7 +165,11 @@ class AutodiffPlan:
         if not self.constraint_shapes:
             return hessian
         jacobian = self.constraint_jacobian(u, theta)
-        corner = hessian.new_zeros((hessian.shape[0], self.constraints, self.constraints))
+        diagonal = self.lagrangian.corner(theta, u[0])
+        if diagonal is None:
+            corner = hessian.new_zeros((hessian.shape[0], self.constraints, self.constraints))
+        else:
+            corner = torch.diag_embed(-flat.join(diagonal, 1))
         return torch.cat([torch.cat([hessian, -jacobian.mT], 2), torch.cat([-jacobian, corner], 2)], 1)
 
     def _inside(self, u: Leaves, lam: Leaves, theta: Leaves) -> tuple[Leaves, Tensor | None]:

@@ -36,8 +36,15 @@ class Constrained:
 class Declared:
     """The derivatives of one program; everything is built in the program's own builder."""
 
-    def __init__(self, program: Program, output_shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        output_shapes: Sequence[tuple[int, ...]],
+        corner: Sequence[int | None] = (),
+    ) -> None:
+        """Takes a program, the shapes of the outputs of `equality`, and `Trace.corner`."""
         self.program = program
+        self._corner = tuple(corner)
         self.build: Builder = program.build
         self.output_shapes = tuple(output_shapes)
         self.variables: tuple[Leaf, ...] = tuple(
@@ -80,16 +87,31 @@ class Declared:
 
     def constraint_leaf(self, stem: str, constraint: Constrained, prefix: int = BATCHED) -> Ref:
         """The part of the leaf `stem` (one per output of `equality`) that belongs to a constraint, over its labels."""
+        return self._part(self.constraint_leaf_name(stem, constraint.block.output), constraint, prefix, True)
+
+    def corner(self, constraint: Constrained) -> Ref | None:
+        """The part of the diagonal D of K's corner that belongs to a constraint, over its labels; None where D = 0."""
+        index = self._corner[constraint.block.output] if self._corner else None
+        return (
+            None if index is None else self._part(self.program.leaves[index].name, constraint, BATCHED, False)
+        )
+
+    @property
+    def cornered(self) -> bool:
+        """Whether K has a corner."""
+        return any(index is not None for index in self._corner)
+
+    def _part(self, name: str, constraint: Constrained, prefix: int, moves: bool) -> Ref:
+        """The part of a leaf shaped like an output of `equality` that belongs to a constraint."""
         block = constraint.block
-        name = self.constraint_leaf_name(stem, block.output)
         sizes = [self.build.labels.sizes[k] for k in constraint.labels]
         whole = sum(b.output == block.output for b in self.program.blocks) == 1
         if whole:
-            return Ref(self.build.leaf(name, sizes, prefix).node, constraint.labels)
+            return Ref(self.build.leaf(name, sizes, prefix, differentiable=moves).node, constraint.labels)
         if any(len(dim) > 1 for dim in block.value.dims):
             raise Unsupported("a concatenation of constraints whose dimensions are products of axes")
         output_shape = self.output_shapes[block.output]
-        leaf = self.build.leaf(name, [s for s in output_shape if s != 1], prefix)
+        leaf = self.build.leaf(name, [s for s in output_shape if s != 1], prefix, differentiable=moves)
         size = shape(self.build, block.value)[block.dim]
         specs: list[tuple[object, ...]] = []
         for d, s in enumerate(output_shape):

@@ -49,19 +49,30 @@ class Lagrangian:
         """The number of leaves of lam (0 without constraints)."""
         return 0 if self.trace.equality is None else len(self.trace.equality.output_shapes)
 
-    def _map(self, function: TracedFunction, u: Given, theta: Given) -> Any:
+    def mapped(self, function: TracedFunction, u: Given, theta: Given) -> Any:
+        """A function of one sample for the whole batch, (B, *shape)."""
         dims = (0,) * len(u) + tuple(0 if flag else None for flag in self.batched)
         return torch.func.vmap(function.module, in_dims=dims, randomness="error")(*u, *theta)
 
     def objective(self, u: Given, theta: Given) -> Tensor:
         """f of every sample, (B,)."""
-        return self._map(self.trace.objective, u, theta)
+        return self.mapped(self.trace.objective, u, theta)
 
     def constraints(self, u: Given, theta: Given) -> Leaves:
         """The leaves of h, each (B, *shape); empty without constraints."""
         if self.trace.equality is None:
             return ()
-        return tuple(self._map(self.trace.equality, u, theta))
+        return tuple(self.mapped(self.trace.equality, u, theta))
+
+    def corner(self, theta: Given, like: Tensor) -> Leaves | None:
+        """The diagonal D of K's corner as leaves like lam (B, *shape); None where it is 0 (see `graph/active.py`)."""
+        if not any(index is not None for index in self.trace.corner):
+            return None
+        assert self.trace.equality is not None
+        return tuple(
+            like.new_zeros((like.shape[0], *shape)) if index is None else theta[index - self.variables]
+            for index, shape in zip(self.trace.corner, self.trace.equality.output_shapes, strict=True)
+        )
 
     def total(self, u: Given, lam: Given, theta: Given) -> Tensor:
         """f - lam'h summed over the batch: its derivatives in batched tensors are those of each sample."""
@@ -120,10 +131,13 @@ class Lagrangian:
         return tuple(found.get(index) for index in range(len(theta)))
 
     def kkt_product(self, u: Given, lam: Given, theta: Given, w: Given, s: Given) -> tuple[Leaves, Leaves]:
-        """K z = (H w - A's, -A w)."""
+        """K z = (H w - A's, -A w - D s)."""
         split = len(u)
         both = gradient_of(lambda *v: self.pairing(v[:split], v[split:], theta, w, s), (*u, *lam))
-        return both[:split], both[split:]
+        corner = self.corner(theta, u[0])
+        if corner is None:
+            return both[:split], both[split:]
+        return both[:split], tuple(b - d * x for b, d, x in zip(both[split:], corner, s, strict=True))
 
     def kkt_form(
         self, u: Given, lam: Given, theta: Given, q: tuple[Leaves, Leaves], z: tuple[Leaves, Leaves]

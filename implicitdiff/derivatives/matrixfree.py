@@ -37,9 +37,13 @@ class MatrixFreePlan(AutodiffPlan):
             return (*self.lagrangian.gradient(point[:count], point[count:], theta), *(-leaf for leaf in h))
 
         _, pull = pullback(residual, (*u, *lam))
+        diagonal = self.lagrangian.corner(theta, u[0])
+        corner = None if diagonal is None else flat.join(diagonal, 1)
 
         def product(z: Tensor) -> Tensor:
             moved = flat.join(torch.func.vmap(pull)(flat.split(z, shapes)), 2)
+            if corner is not None:
+                moved = moved - torch.nn.functional.pad(z[..., self.size :] * corner, (self.size, 0))
             if shift is not None:
                 moved = moved + torch.nn.functional.pad(
                     z[..., : self.size] * shift[:, None], (0, self.constraints)

@@ -1,7 +1,7 @@
 """Diagnostics: everything that shows or proves what the library does, and changes nothing.
 
 `meter` counts, `explain` reports the derivation, `check` tests one problem against independent oracles,
-`compare` puts backward passes side by side.
+`compare` puts backward passes side by side, `walkthrough` teaches the derivation.
 """
 
 from implicitdiff.diagnostics.check import check
@@ -10,6 +10,7 @@ from implicitdiff.diagnostics.compare import Comparison, compare
 from implicitdiff.diagnostics.contest import Row
 from implicitdiff.diagnostics.explain import Explanation, explain
 from implicitdiff.diagnostics.meter import Measurement, Meter, OperationTotal, measure
+from implicitdiff.diagnostics.walkthrough import walkthrough
 
 __all__ = [
     "CheckReport",
@@ -24,4 +25,5 @@ __all__ = [
     "compare",
     "explain",
     "measure",
+    "walkthrough",
 ]

@@ -19,7 +19,6 @@ from implicitdiff.diagnostics.check_report import CheckReport, Rows
 from implicitdiff.diagnostics.declared import (
     Declared,
     double,
-    floating,
     gradient,
     jacobian,
     moving_names,
@@ -29,8 +28,16 @@ from implicitdiff.diagnostics.declared import (
 from implicitdiff.diagnostics.differences import directional
 from implicitdiff.diagnostics.discrete import as_discrete
 from implicitdiff.diagnostics.held import Planned, batch_first, fresh, hand_gradients, held_at, plan_of
+from implicitdiff.diagnostics.limits import active_of, held_multipliers, signs
 from implicitdiff.diagnostics.one_sided import one_sided
-from implicitdiff.diagnostics.reference import LIMIT, Reference, polish, relative_error, worse
+from implicitdiff.diagnostics.reference import (
+    LIMIT,
+    Reference,
+    made_consistent,
+    polish,
+    relative_error,
+    worse,
+)
 from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution, require_problem
@@ -108,19 +115,27 @@ def _residuals(
     status = torch.atleast_1d(solution.status)
     names = sorted({Status(int(code)).name for code in status if int(code) != Status.OK})
     rows.upper("solve", float((status != Status.OK).sum()), 0, ", ".join(names))
-    declared = Declared(problem, inputs, in_dims, solution.u)
+    active = active_of(problem, solution, planned.bound.unbatched)
+    declared = Declared(problem, inputs, in_dims, solution.u, active)
     held = batch_first(solution, planned.bound.unbatched)
     u = tuple(pytree.tree_leaves(held.u))
     lam = (
         tuple(pytree.tree_leaves(held.equality_multipliers)) if held.equality_multipliers is not None else ()
     )
+    mu = held.inequality_multipliers
     with torch.no_grad():
-        scales = planned.plan.stationarity(u, lam, planned.theta)
+        every = lam if mu is None else (*lam, *pytree.tree_leaves(mu))
+        scales = planned.plan.stationarity(u, every, planned.theta)
     tolerance = torch.finfo(planned.bound.dtype).eps ** 0.5
     flat_lam = [
         torch.cat([leaf[b].double().reshape(-1) for leaf in lam]) if lam else None
         for b in range(declared.batch)
     ]
+    if active is not None:
+        flat_lam = held_multipliers(solution, active, flat_lam, planned.bound.unbatched)
+        rows.upper("multiplier signs", signs(solution), tolerance)
+        assert isinstance(solution.margin, Tensor)  # there are inequalities or bounds
+        rows.lower("strict complementarity", float(solution.margin.min()), tolerance)
     worst = [0.0, 0.0, 0.0]
     small = Reference(declared).feasible
     for b, multipliers in enumerate(flat_lam):
@@ -138,7 +153,7 @@ def _residuals(
         rows.upper("residual", worst[1], tolerance)
     else:
         rows.upper("stationarity", worst[0], tolerance)
-    if lam:
+    if lam or active is not None:
         rows.upper("feasibility", worst[1], tolerance)
         if small:
             rows.upper("multipliers", worst[2], tolerance)
@@ -186,15 +201,16 @@ def _derivatives(
     """LICQ, second order, finite differences, structured against dense, the user's own vjp."""
     twin = double(problem)
     inputs = tuple(pytree.tree_map(to_double, tuple(inputs)))
-    declared = Declared(twin, inputs, in_dims, solution.u)
+    active = active_of(problem, solution, planned.bound.unbatched)
+    declared = Declared(twin, inputs, in_dims, solution.u, active)
     if not Reference(declared).feasible:
         rows.not_run(
             "derivatives",
             f"m + p = {declared.size + declared.constraints} is more than {LIMIT}: try smaller inputs",
         )
         return
-    inputs = _made_consistent(inputs, Reference(declared))
-    declared = Declared(twin, inputs, in_dims, solution.u)
+    inputs = made_consistent(inputs, Reference(declared))
+    declared = Declared(twin, inputs, in_dims, solution.u, active)
     u, step = polish(declared)
     rows.upper("refined in float64", step, 1e-8)
     if not step <= 1e-8:
@@ -229,12 +245,6 @@ def _derivatives(
     rows.upper("structured against dense", relative_error(gradients, truth, null), GRADIENT_TOLERANCE)
     if problem.declares("vjp"):
         _own_vjp(rows, twin, u, v, inputs, in_dims, truth, null, planned)
-
-
-def _made_consistent(inputs: Sequence[Any], reference: Reference) -> tuple[Any, ...]:
-    """The inputs, moved by what float32 rounding made dependent constraints inconsistent by."""
-    change = iter(reference.consistency())
-    return tuple(pytree.tree_map(lambda leaf: leaf + next(change) if floating(leaf) else leaf, tuple(inputs)))
 
 
 def _regularity(rows: Rows, reference: Reference, planned: Planned) -> None:

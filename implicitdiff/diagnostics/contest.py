@@ -18,6 +18,7 @@ from torch import Tensor
 
 from implicitdiff.diagnostics.declared import Declared, double, floating, normal
 from implicitdiff.diagnostics.held import batch_first, fresh, hand_gradients, held_at, plan_of
+from implicitdiff.diagnostics.limits import active_of
 from implicitdiff.diagnostics.meter import Measurement, format_bytes, measure
 from implicitdiff.diagnostics.race import quartiles
 from implicitdiff.diagnostics.reference import Direction, Reference, relative_error
@@ -168,7 +169,8 @@ class _Truth:
 
 def _truth(setup: _Setup) -> _Truth:
     """The gradient at the common u in float64: by the dense formula, or certified by its KKT residual."""
-    declared = Declared(setup.problem, setup.inputs, setup.in_dims, setup.solution.u)
+    active = active_of(setup.problem, setup.solution, setup.unbatched)
+    declared = Declared(setup.problem, setup.inputs, setup.in_dims, setup.solution.u, active)
     reference = Reference(declared)
     if reference.feasible:
         return _Truth(

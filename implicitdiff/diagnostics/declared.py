@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitdiff.diagnostics.limits import ActiveRows, active_residuals
 from implicitdiff.inputs import parameter_names
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import flatten, leaf_names
@@ -32,8 +33,16 @@ class Declared:
         batch, size, constraints: B, m and p.
     """
 
-    def __init__(self, problem: Problem, inputs: Sequence[Any], in_dims: Any, u: Any) -> None:
-        self.problem = double(problem)
+    def __init__(
+        self,
+        problem: Problem,
+        inputs: Sequence[Any],
+        in_dims: Any,
+        u: Any,
+        active: ActiveRows | None = None,
+    ) -> None:
+        """`active` are the inequalities and bounds that count as equalities."""
+        self.problem, self.active = double(problem), active
         leaves, self._spec = pytree.tree_flatten(tuple(inputs))
         self._dims = flat_dims(inputs, in_dims)
         self._leaves = [to_double(leaf) for leaf in leaves]
@@ -45,7 +54,8 @@ class Declared:
         self.u = self.flat(u)
         self.batch, self.size = (int(size) for size in self.u.shape)
         with torch.no_grad():
-            self.constraints = int(self.equality(0, self.u[0]).numel()) if self.batch else 0
+            held = 0 if active is None else active.most()
+            self.constraints = held + int(self._equality(0, self.u[0]).numel()) if self.batch else 0
 
     def flat(self, tree: Any) -> Tensor:
         """A pytree like u (u itself, a cotangent) as (batch, m) in float64."""
@@ -65,7 +75,14 @@ class Declared:
         return self.problem.objective(*self._arguments(b, u)).reshape(())
 
     def equality(self, b: int, u: Tensor) -> Tensor:
-        """h (p,) of sample b, all outputs joined; empty where none is declared."""
+        """h (p,) of sample b, all outputs joined, then what is active; empty where there is neither."""
+        if self.active is None:
+            return self._equality(b, u)
+        arguments = self._arguments(b, u)
+        held = active_residuals(self.problem, self.active, b, u, arguments, self._shapes)
+        return torch.cat([self._equality(b, u), *held])
+
+    def _equality(self, b: int, u: Tensor) -> Tensor:
         if not self.problem.declares("equality"):
             return u.new_zeros(0)
         outputs = pytree.tree_leaves(self.problem.equality(*self._arguments(b, u)))

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.declared import Declared, double, floating, moving_names, normal
+from implicitdiff.diagnostics.declared import Declared, double, flat_dims, floating, moving_names, normal
+from implicitdiff.diagnostics.limits import active_of
 from implicitdiff.diagnostics.reference import orthogonal_to, polish, worse
 from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.layer import solve
-from implicitdiff.problem import Problem
+from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree
 
 STEP = 1e-5
@@ -108,7 +109,9 @@ def moved_solution(
         moving_values(moved, inputs)[position].add_(change)
         remark = ""
         try:
-            start = solve(moved, *inputs, in_dims=in_dims).u
+            found = solve(moved, *inputs, in_dims=in_dims)
         except ImplicitDiffError as error:
-            start, remark = u, f"continued from u, the solve fails: {type(error).__name__}"
-    return *polish(Declared(moved, inputs, in_dims, start)), remark
+            found, remark = Solution(u), f"continued from u, the solve fails: {type(error).__name__}"
+    unbatched = all(dim is None for dim in flat_dims(inputs, in_dims))
+    active = active_of(moved, found, unbatched)
+    return *polish(Declared(moved, inputs, in_dims, found.u, active)), remark

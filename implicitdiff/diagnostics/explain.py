@@ -234,7 +234,9 @@ def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Expl
         dtype=str(bound.dtype).removeprefix("torch."),
         variables=tuple(Size(item.name, tuple(item.shape), True) for item in trace.variables),
         inputs=tuple(Size(item.name, tuple(item.shape), item.batched) for item in trace.inputs),
-        tensors=tuple(Size(item.name, tuple(item.shape), item.batched) for item in trace.tensors),
+        tensors=tuple(
+            Size(item.name, tuple(item.shape), item.batched) for item in trace.tensors if item.role != "mask"
+        ),
         hessian=analysis.hessian,
         constraint_jacobian=analysis.constraint_jacobian,
         schur=analysis.schur,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from implicitdiff.diagnostics.declared import flat_dims, floating
+from implicitdiff.graph.active import default_masks
 from implicitdiff.graph.trace import variable_example
 from implicitdiff.inputs import Bound, bind
 from implicitdiff.layer.discover import solved_example
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.plan import Plan, plan_for
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree
@@ -53,7 +55,8 @@ def plan_of(problem: Problem, inputs: Sequence[Any], in_dims: Any, backward: str
     # The variables' shapes come from init, or from solve where there is none (which needs data).
     example = variable_example(problem, bound) if problem.declares("init") else solved_example(problem, bound)
     plan = plan_for(problem, bound, example.leaves, example.spec, backward=backward)
-    return Planned(plan, bound, plan.trace.theta(bound))
+    masks = default_masks(plan.trace, bound.batch, bound.device)
+    return Planned(plan, bound, (*plan.trace.theta(bound), *masks))
 
 
 def held_at(problem: Problem, solution: Solution) -> Problem:
@@ -92,10 +95,13 @@ def batch_first(solution: Solution, unbatched: bool) -> Solution:
     def leaf(value: Any) -> Any:
         return value.detach()[None] if unbatched else value.detach()
 
-    multipliers = solution.equality_multipliers
+    def tree(multipliers: Any) -> Any:
+        return None if multipliers is None else pytree.tree_map(leaf, multipliers)
+
     return Solution(
         pytree.tree_map(leaf, solution.u),
-        equality_multipliers=None if multipliers is None else pytree.tree_map(leaf, multipliers),
+        equality_multipliers=tree(solution.equality_multipliers),
+        inequality_multipliers=tree(solution.inequality_multipliers),
     )
 
 

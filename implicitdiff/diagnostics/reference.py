@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.diagnostics.declared import Declared, gradient, gradients, jacobian, unit_rows
+from implicitdiff.diagnostics.declared import Declared, floating, gradient, gradients, jacobian, unit_rows
+from implicitdiff.torch_private import pytree
 
 # Most variables and constraints of one sample for which the dense formula is tried: (m + p)^2 numbers each.
 LIMIT = 3000
@@ -294,3 +295,9 @@ def _left_null_space(rows: Tensor) -> tuple[Tensor, float]:
     basis = left[:, values <= 1e-11 * max(float(values[0]), 1e-300)] / length
     orthonormal = torch.linalg.qr(basis).Q if basis.shape[1] else basis
     return orthonormal, float(values[-1] / values[0]) if float(values[0]) > 0 else 0.0
+
+
+def made_consistent(inputs: Sequence[Any], reference: Reference) -> tuple[Any, ...]:
+    """The inputs, moved by what float32 rounding made dependent constraints inconsistent by."""
+    change = iter(reference.consistency())
+    return tuple(pytree.tree_map(lambda leaf: leaf + next(change) if floating(leaf) else leaf, tuple(inputs)))

@@ -52,7 +52,7 @@ class Arguments:
         tensors = values[end:]
         twin = skeleton(problem, {id(t): v for t, v in zip(self.bound.tensors, tensors, strict=True)})
         arguments = list(self.bound.unflatten(values[self.variables : end]))
-        if self.variable_spec is not None:
+        if self.variable_spec is not None and hook != "bounds":
             arguments.insert(0, unflatten(values[: self.variables], self.variable_spec))
         if recorder is None:
             return call_hook(twin, hook, arguments)

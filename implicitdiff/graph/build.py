@@ -11,7 +11,8 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from implicitdiff.graph.functions import FLAT, FOLD, step_height
+from implicitdiff.graph import branches
+from implicitdiff.graph.functions import FLAT, FOLD
 from implicitdiff.graph.ir import UNBATCHED, Label, Labels, Node, Ref, Unsupported
 
 Factor = tuple[Ref, float]
@@ -173,8 +174,10 @@ class Builder:
         if coefficient == 0.0:
             return self.make("prod", (0.0, ()), (), ())
         kept = [(ref, power) for ref, power in merged.items() if power != 0.0]
-        if coefficient == 1.0 and len(kept) == 1 and kept[0][1] == 1.0:
-            return kept[0][0]
+        if len(kept) == 1 and kept[0][1] == 1.0:
+            alone = kept[0][0] if coefficient == 1.0 else branches.scaled(self, coefficient, kept[0][0])
+            if alone is not None:
+                return alone
         out = self.union(ref for ref, _ in kept)
         position = {label: k for k, label in enumerate(out)}
         kept.sort(key=lambda f: (f[0].node.id, [position[b] for b in f[0].labels], f[1]))
@@ -299,11 +302,8 @@ class Builder:
         numbers = [self.as_number(a) for a in args]
         if all(n is not None for n in numbers) and name in FOLD:
             return self.number(FOLD[name](*numbers, *params))
-        if name == "where" and (args[1] == args[2] or numbers[0] is not None):
-            return args[1] if args[1] == args[2] or numbers[0] else args[2]
-        if name == "where" and (rise := step_height(numbers[1:])) is not None:
-            mask = self.fn(name, [args[0], self.number(1.0), self.number(0.0)])
-            return self.add([(rise, mask)], numbers[2] or 0.0)
+        if name == "where" and (normal := branches.where(self, args)) is not None:
+            return normal
         leaves: frozenset[int] | None = frozenset() if name in FLAT else None
         return self.make("fn", (name, params), args, self.union(args), leaves=leaves)
 

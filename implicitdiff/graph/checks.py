@@ -5,16 +5,26 @@ tensors, or a named error that says how to mend it. Used by ``trace.py``.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from implicitdiff.errors import CapturedTensorError, ProblemDefinitionError
 from implicitdiff.graph.arguments import Arguments
+from implicitdiff.graph.bounds import bounds_of
 from implicitdiff.graph.clean import depends_on, outputs
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, flatten, leaf_names
 from implicitdiff.torch_private import is_wrapped
+
+
+class Traced(Protocol):
+    """A function with its graph: a ``trace.TracedFunction``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> torch.fx.GraphModule: ...
 
 
 class Result:
@@ -22,13 +32,15 @@ class Result:
 
     Args:
         problem: The Problem.
-        hook: 'objective' or 'equality'.
+        hook: 'objective', 'equality', 'inequality' or 'bounds'.
+        arguments: What the hook may read; its variables say what bounds have to fit.
     """
 
-    def __init__(self, problem: Problem, hook: str) -> None:
+    def __init__(self, problem: Problem, hook: str, arguments: Arguments) -> None:
         self.name = f"{type(problem).__name__}.{hook}"
         self.spec: Spec | None = None
-        self._hook = hook
+        self.bounded: tuple[tuple[bool, bool], ...] = ()
+        self._hook, self._arguments = hook, arguments
 
     def check(self, result: Any) -> list[torch.Tensor]:
         """The tensors of a result.
@@ -37,6 +49,9 @@ class Result:
             ProblemDefinitionError: The objective is no 0-dim real floating tensor, or a constraint is no real
                 floating tensor.
         """
+        if self._hook == "bounds":
+            found, self.bounded = bounds_of(self.name, result, self._arguments)
+            return found
         leaves, self.spec = flatten(result)
         if self._hook == "objective":
             return [self._objective(result)]
@@ -90,10 +105,7 @@ def check_captured(problem: Problem, captured: Sequence[torch.Tensor]) -> None:
 
 
 def check_dependence(
-    problem: Problem,
-    arguments: Arguments,
-    objective: torch.fx.GraphModule,
-    equality: torch.fx.GraphModule | None,
+    problem: Problem, arguments: Arguments, objective: Traced, *constraints: Traced | None
 ) -> None:
     """Raise unless the objective, and each constraint, depends on the variables, and each variable is used.
 
@@ -104,25 +116,24 @@ def check_dependence(
     names = [fact.name for fact in arguments.facts[: arguments.variables]]
     positions = range(arguments.variables)
     whole = ", ".join(names)
-    (value,) = outputs(objective)
-    if not depends_on(objective, value, positions):
+    (value,) = outputs(objective.module)
+    if not depends_on(objective.module, value, positions):
         raise ProblemDefinitionError(
             f"{kind}.objective does not depend on {whole} in a differentiable way, so it has no minimiser: "
             "check that it uses its first argument, and uses it outside of detach() and no_grad()"
         )
-    constraints = () if equality is None else outputs(equality)
-    for index, constraint in enumerate(constraints):
-        assert equality is not None
-        if constraint.meta["val"].numel() and not depends_on(equality, constraint, positions):
-            which = f" (output {index})" if len(constraints) > 1 else ""
+    pairs = [(f, node) for f in constraints if f is not None for node in outputs(f.module)]
+    for function, constraint in pairs:
+        several = outputs(function.module)
+        if constraint.meta["val"].numel() and not depends_on(function.module, constraint, positions):
+            which = f" (output {several.index(constraint)})" if len(several) > 1 else ""
             raise ProblemDefinitionError(
-                f"{kind}.equality{which} does not depend on {whole}, so it cannot be fulfilled by choosing "
+                f"{kind}.{function.name}{which} does not depend on {whole}, so it cannot be fulfilled by choosing "
                 "it: leave it out, or check that it uses its first argument"
             )
     for position, name in zip(positions, names, strict=True):
-        used = depends_on(objective, value, [position]) or any(
-            equality is not None and depends_on(equality, constraint, [position])
-            for constraint in constraints
+        used = depends_on(objective.module, value, [position]) or any(
+            depends_on(function.module, constraint, [position]) for function, constraint in pairs
         )
         if not used:
             raise ProblemDefinitionError(

@@ -16,17 +16,20 @@ from implicitdiff.graph.calls import Emitted, Output
 from implicitdiff.graph.contraction import contract
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
+from implicitdiff.graph.listing import listing
+from implicitdiff.graph.purpose import Step, behind, purposes
 from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
     Operand,
     axis_list,
     bracket,
+    flipped,
+    forward,
     inverse_power,
     literal,
     product_text,
     raised,
     tuple_body,
-    wrapped,
 )
 from implicitdiff.graph.tidy import tidied
 
@@ -53,6 +56,8 @@ class Emitter:
         self.uses: dict[int, int] = {}
         self.shapes: dict[str, Shape] = {}
         self.certain: dict[int, bool] = {}
+        self.made: dict[str, int] = {}
+        self.pending: list[str] = []
         self.count = 0
 
     # ---------------------------------------------------------------- driver
@@ -67,11 +72,15 @@ class Emitter:
         document: str = "",
         first: Sequence[Ref] = (),
         given: Mapping[str, Node] | None = None,
+        steps: Mapping[int, Step] | None = None,
+        shown: Mapping[str, str] | None = None,
     ) -> Emitted:
         """Emits `def name(*arguments)`, which returns the outputs as a tuple; the refs `first` are written first.
 
-        The nodes `given` are Python objects that come as arguments of these names instead of being computed.
+        The nodes `given` are Python objects that come as arguments of these names instead of being computed; `steps`
+        says what nodes are in the derivation; `shown` gives arguments that stand for another name that other name.
         """
+        steps = steps or {}
         given = given or {}
         self.variables.update({node.id: Variable(argument, ()) for argument, node in given.items()})
         nodes = reachable([*(o.ref.node for o in outputs), *(ref.node for ref in first)], self.variables)
@@ -86,12 +95,13 @@ class Emitter:
         for output in outputs:
             text = self.expanded(output.ref, output.order, output.prefix)
             results.append((output.name, text))
-        statements, returned = tidied(self.lines, [text for _, text in results], self.shapes, arguments)
-        tail = "return " + ", ".join(returned) + ("," if len(returned) == 1 else "")
-        body = [piece for line in (*statements, tail) for piece in wrapped(line)]
-        head = f"def {name}({', '.join(arguments)}):"
-        inside = ([f'"""{document}"""'] if document else []) + list(preamble) + body
-        source = "\n".join([head, *("    " + line for line in inside)]) + "\n"
+        serves = purposes(nodes, steps)
+        serving = {target: serves[node] for target, node in self.made.items() if node in serves}
+        texts = [text for _, text in results]
+        lines, returned = tidied(self.lines, texts, self.shapes, arguments, serving, namespace)
+        known = [steps.get(behind(o.ref.node).id) for o in outputs]
+        opening = [f'"""{document}"""', *preamble] if document else preamble
+        source = listing(name, arguments, opening, lines, returned, known, shown or {})
         scope = dict(namespace)
         exec(compile(source, f"<implicitdiff {name}>", "exec"), scope)
         return Emitted(source, scope[name], tuple(n for n, _ in results))
@@ -102,6 +112,8 @@ class Emitter:
             self.count += 1
             name = f"t{self.count}"
         self.lines.append((name, text))
+        self.made.update(dict.fromkeys([*self.pending, name], node.id))
+        self.pending.clear()
         variable = Variable(name, tuple(layout))
         self.variables[node.id] = variable
         if set(layout) == set(node.axes):
@@ -131,6 +143,7 @@ class Emitter:
         """A statement for an intermediate result that is no node."""
         self.count += 1
         self.lines.append((f"t{self.count}", text))
+        self.pending.append(f"t{self.count}")
         return f"t{self.count}"
 
     # ---------------------------------------------------------------- operands
@@ -165,7 +178,8 @@ class Emitter:
         if self.build.as_number(ref) is not None:
             leading = f"*{self.like}.shape[:{prefix}], " if prefix else ""
             return f"{self.like}.new_full(({leading}{tuple_body(sizes)}), {text})"
-        if set(order) - set(operand.labels):
+        missing = set(order) - set(operand.labels)
+        if missing and (operand.prefix == 0 or any(self.build.labels.sizes[k] != 1 for k in missing)):
             lead = ["-1"] * operand.prefix
             text = f"{bracket(text)}.expand({', '.join([*lead, *map(str, sizes)])})"
         if operand.prefix < prefix:
@@ -192,7 +206,7 @@ class Emitter:
             elif spec[0] == "index":
                 text.append(str(spec[1]))
             else:
-                start, step, count = _forward(spec)
+                start, step, count = forward(spec)
                 text.append(f"{start}:{start + step * (count - 1) + 1}" + (f":{step}" if step != 1 else ""))
             row = row_of[label]
             if row is not None and spec[0] == "slice" and spec[2] < 0:
@@ -200,7 +214,7 @@ class Emitter:
             if row is not None:
                 layout.append(row)
         flips = [layout.index(row) - len(layout) for row in reversed_rows]
-        return self.store(node, f"{inner.text}[..., {', '.join(text)}]{_flipped(flips)}", layout)
+        return self.store(node, f"{inner.text}[..., {', '.join(text)}]{flipped(flips)}", layout)
 
     def _emit_prod(self, node: Node) -> Variable:
         coefficient, powers = node.data
@@ -351,10 +365,10 @@ class Emitter:
         ]
         text = self.expanded(inner, order, inner.node.prefix)
         back = [k for k, spec in enumerate(node.data) if spec[0] == "slice" and spec[2] < 0]
-        text = f"{bracket(text)}{_flipped([k - len(order) for k in back])}" if back else text
+        text = f"{bracket(text)}{flipped([k - len(order) for k in back])}" if back else text
         ends: list[int] = []
         for axis, (spec, size) in enumerate(zip(node.data, node.sizes, strict=True)):
-            start, step, count = (0, 1, size) if spec[0] == "all" else _forward((*spec, 1, 1))
+            start, step, count = (0, 1, size) if spec[0] == "all" else forward((*spec, 1, 1))
             last = start + step * (count - 1)
             if step == 1:
                 ends = [start, size - 1 - last, *ends]
@@ -384,13 +398,3 @@ class Emitter:
         ]
         taken = name is None or any(name == target for target, _ in self.lines)
         return self.store(node, template.format(*parts), node.axes, None if taken else name)
-
-
-def _forward(spec: Sequence[Any]) -> tuple[int, int, int]:
-    """start, step > 0 and count of the same entries, in ascending order."""
-    start, step, count = spec[1:4]
-    return (start, step, count) if step > 0 else (start + step * (count - 1), -step, count)
-
-
-def _flipped(dims: Sequence[int]) -> str:
-    return f".flip({', '.join(map(str, dims))})" if dims else ""

@@ -7,7 +7,7 @@ In: a name. Out: the number, the derivative's recipe, the torch expression. Powe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 
 def _sigmoid(a: float) -> float:
@@ -44,14 +44,6 @@ FOLD: dict[str, Callable[..., float]] = {
 
 FLAT = ("detach", "gt", "ge", "lt", "le", "eq", "ne", "sign")
 """Functions that carry no derivative."""
-
-
-def step_height(branches: Sequence[float | None]) -> float | None:
-    """a - b where `where(c, a, b)` of numbers is better written b + (a - b) where(c, 1, 0); else None."""
-    high, low = branches
-    if high is None or low is None or not math.isfinite(high - low) or (high, low) == (1.0, 0.0):
-        return None
-    return high - low
 
 
 PRINT: dict[str, str] = {

@@ -38,7 +38,7 @@ def work_in_place(body: Body) -> None:
         if value is None:
             continue
         old = statement.target
-        body.replace(k, Statement(name, value, in_place=True))
+        body.replace(k, Statement(name, value, True, statement.purpose))
         body.rewrite(lambda v: named(v, {old: ast.Name(name)}), k + 1)  # noqa: B023
         for later in body.statements[k + 1 :]:
             if later.target == old:
@@ -53,14 +53,43 @@ def overwritable(body: Body, k: int) -> str | None:
         return None
     uses = body.uses()
     fresh = {s.target for s in body.statements[:k] if is_fresh(s.value)}
+    found = []
     for name in _operands(statement.value):
         if name in fresh and body.shapes.get(name) == shape and uses[name].count(k) == 1:
             held = _holders(body, name)
             held.discard(name)
             last = max(uses[name]) == k and all(max(uses.get(other, [0])) < k for other in held)
             if last and not (held | {name}) & set(read_results(body)):
-                return name
-    return None
+                found.append(name)
+    # a product of small factors need not be made at all where another value can take the sum: addcmul_ forms it
+    rather = [name for name in found if not _is_outer(body, k, name) and _takes_sign(body, k, name)]
+    return next(iter([*rather, *found]), None)
+
+
+def _definition(body: Body, k: int, name: str) -> Statement:
+    return next(s for s in reversed(body.statements[:k]) if s.target == name)
+
+
+def _is_outer(body: Body, k: int, name: str) -> bool:
+    """Whether a value is a product of factors that are all smaller than itself."""
+    made, shape = _definition(body, k, name), body.shapes[name]
+    factors = None if made.in_place else as_product(made.value)
+    whole = ("B",) * shape.prefix + shape.sizes
+    return factors is not None and all(broadcast(f, body.shapes) not in (None, whole) for f in factors)
+
+
+def _takes_sign(body: Body, k: int, name: str) -> bool:
+    """Whether a value is added in statement `k`, or what defined it can take the minus sign."""
+    value = body.statements[k].value
+    subtracted = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Sub)
+    if not (
+        subtracted
+        and isinstance(value, ast.BinOp)
+        and ast.dump(value.right) == ast.dump(ast.Name(name, ast.Load()))
+    ):
+        return True
+    made = _definition(body, k, name)
+    return negated(made.value, made.in_place) is not None
 
 
 def _operands(value: ast.expr) -> list[str]:
@@ -112,13 +141,9 @@ def _written_to(value: ast.expr, name: str, shapes: Mapping[str, Shape]) -> ast.
     target: ast.expr = ast.Name(name)
     factor: ast.expr
 
-    def call(on: ast.expr, method: str, *arguments: ast.expr, **options: ast.expr) -> ast.expr:
-        keywords = [ast.keyword(key, given) for key, given in options.items()]
-        return ast.Call(ast.Attribute(on, method), list(arguments), keywords)
-
     if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub):
         inner = value.operand
-        return call(target, "neg_") if isinstance(inner, ast.Name) and inner.id == name else None
+        return _call(target, "neg_") if isinstance(inner, ast.Name) and inner.id == name else None
     factors = as_product(value)
     if factors is not None:
         whole = shapes[name]
@@ -126,15 +151,15 @@ def _written_to(value: ast.expr, name: str, shapes: Mapping[str, Shape]) -> ast.
         large = [f for f in others if isinstance(f, ast.Name) and shapes.get(f.id) == whole]
         small = [f for f in others if f not in large]
         for factor in large:
-            target = call(target, "mul_", factor)
+            target = _call(target, "mul_", factor)
         if small:
             joined = small[0]
             for factor in small[1:]:
                 joined = ast.BinOp(joined, ast.Mult(), factor)
-            target = call(target, "mul_", joined)
+            target = _call(target, "mul_", joined)
         return target
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div):
-        return call(target, "div_", value.right)
+        return _call(target, "div_", value.right)
     terms = summands(value)
     if terms is None:
         return None
@@ -142,24 +167,33 @@ def _written_to(value: ast.expr, name: str, shapes: Mapping[str, Shape]) -> ast.
     if own != [1.0]:
         return None
     for sign, tree in terms:
-        if isinstance(tree, ast.Name) and tree.id == name:
-            continue
-        factors = as_product(tree)
-        numbers = [x for f in factors or [] if (x := number_of(f)) is not None]
-        tensors = [f for f in factors or [] if number_of(f) is None]
-        if factors is not None and len(tensors) > 1 and len(numbers) < 2:
-            amount = sign * (numbers[0] if numbers else 1.0)
-            last = tensors[-1]
-            first = tensors[0]
-            for factor in tensors[1:-1]:
-                first = ast.BinOp(first, ast.Mult(), factor)
-            options = {} if amount == 1.0 else {"value": ast.Constant(amount)}
-            target = call(target, "addcmul_", first, last, **options)
-        elif sign in (1.0, -1.0):
-            target = call(target, "add_" if sign > 0 else "sub_", tree)
-        else:
-            target = call(target, "add_", tree, alpha=ast.Constant(sign))
+        if not (isinstance(tree, ast.Name) and tree.id == name):
+            target = _plus(target, sign, tree)
     return target
+
+
+def _call(on: ast.expr, method: str, *arguments: ast.expr, **options: ast.expr) -> ast.expr:
+    keywords = [ast.keyword(key, given) for key, given in options.items()]
+    return ast.Call(ast.Attribute(on, method), list(arguments), keywords)
+
+
+def _plus(target: ast.expr, sign: float, tree: ast.expr) -> ast.expr:
+    """`target` with sign * tree added in place; a product is formed on the way."""
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        sign, tree = -sign, tree.operand
+    factors = as_product(tree)
+    numbers = [x for f in factors or [] if (x := number_of(f)) is not None]
+    tensors = [f for f in factors or [] if number_of(f) is None]
+    if len(tensors) > 1 and len(numbers) < 2:
+        amount = sign * (numbers[0] if numbers else 1.0)
+        first = tensors[0]
+        for factor in tensors[1:-1]:
+            first = ast.BinOp(first, ast.Mult(), factor)
+        options = {} if amount == 1.0 else {"value": ast.Constant(amount)}
+        return _call(target, "addcmul_", first, tensors[-1], **options)
+    if sign in (1.0, -1.0):
+        return _call(target, "add_" if sign > 0 else "sub_", tree)
+    return _call(target, "add_", tree, alpha=ast.Constant(sign))
 
 
 def chain(body: Body) -> None:
@@ -178,13 +212,15 @@ def join(body: Body) -> None:
     k = 1
     while k < len(body.statements):
         before, statement = body.statements[k - 1 : k + 1]
-        same = before.in_place and statement.in_place and before.target == statement.target
+        same = statement.in_place and before.target == statement.target
         if (
             same
+            and (before.in_place or is_fresh(before.value))
             and len(before.text) + len(statement.text) < WIDTH
             and read(statement.value).count(before.target) == 1
         ):
             statement.value = named(statement.value, {before.target: before.value})
+            statement.in_place = before.in_place
             body.replace(k - 1, None)
         else:
             k += 1
@@ -200,6 +236,8 @@ def _chained(tree: ast.expr, whole: tuple[object, ...], shapes: Mapping[str, Sha
     if not _makes(left, whole, shapes):
         return tree
     inner = _chained(left, whole, shapes)
+    if isinstance(tree.op, ast.Add | ast.Sub):
+        return _plus(inner, 1.0 if isinstance(tree.op, ast.Add) else -1.0, right)
     return ast.Call(ast.Attribute(inner, IN_PLACE[type(tree.op)]), [right], [])
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from implicitdiff.graph.purpose import NO_PURPOSE, Purpose
 from implicitdiff.graph.trees import copied, kept, number_of, read, simplified, text_of
 
 WIDTH = 100
@@ -53,12 +54,18 @@ class Statement:
     target: str
     value: ast.expr
     in_place: bool = False
+    purpose: Purpose = NO_PURPOSE
 
     @property
     def text(self) -> str:
         """The source line."""
         written = text_of(self.value)
         return written if self.in_place else f"{self.target} = {written}"
+
+    @property
+    def comment(self) -> str:
+        """What stands beside it."""
+        return self.purpose.comment
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from implicitdiff.graph.ir import Label
 
@@ -140,3 +141,14 @@ def axis_list(dims: Sequence[int]) -> str:
 
 def tuple_body(sizes: Sequence[int]) -> str:
     return "".join(f"{s}, " for s in sizes)
+
+
+def forward(spec: Sequence[Any]) -> tuple[int, int, int]:
+    """start, step > 0 and count of the same entries, in ascending order."""
+    start, step, count = spec[1:4]
+    return (start, step, count) if step > 0 else (start + step * (count - 1), -step, count)
+
+
+def flipped(dims: Sequence[int]) -> str:
+    """The call that turns these axes round; "" for none."""
+    return f".flip({', '.join(map(str, dims))})" if dims else ""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from implicitdiff.graph.inplace import chain, join, overwritable, work_in_place
+from implicitdiff.graph.naming import deletion, rename
+from implicitdiff.graph.purpose import NO_PURPOSE, Purpose, joined
 from implicitdiff.graph.statements import (
     KEPT,
     OBJECTS,
@@ -28,12 +30,21 @@ from implicitdiff.graph.statements import (
 from implicitdiff.graph.trees import adds_axes_only, kept, read, simplified, substituted, text_of
 
 
+class Line(NamedTuple):
+    """A statement and the comment beside it."""
+
+    text: str
+    comment: str
+
+
 def tidied(
     lines: Sequence[tuple[str, str]],
     results: Sequence[str],
     shapes: Mapping[str, Shape],
     arguments: Sequence[str],
-) -> tuple[list[str], list[str]]:
+    serving: Mapping[str, Purpose] | None = None,
+    taken: Collection[str] = (),
+) -> tuple[list[Line], list[str]]:
     """(statements, returned expressions) that compute the same.
 
     Args:
@@ -41,20 +52,27 @@ def tidied(
         results: the expressions to return.
         shapes: of the arguments and of targets, as far as they are tensors of a known shape.
         arguments: names that belong to the caller and are never written to.
+        serving: what targets are for, as far as it is known.
+        taken: further names that no statement may assign.
     """
-    statements = [Statement(target, simplified(text)) for target, text in lines]
+    serving = serving or {}
+    statements = [
+        Statement(target, simplified(text), False, serving.get(target, NO_PURPOSE)) for target, text in lines
+    ]
     body = Body(statements, [simplified(text) for text in results], dict(shapes), arguments)
     body.counter = 1 + max((int(t[1:]) for t, _ in lines if re.fullmatch(r"t\d+", t)), default=0)
-    _share(body)
-    _move_inline(body)
-    _share(body)
+    for _ in range(2):
+        _share(body)
+        _unalias(body)
+        _move_inline(body)
     work_in_place(body)
     chain(body)
     join(body)
     _share(body, {statement.target for statement in body.statements if statement.in_place})
     _delete(body)
-    _renumber(body)
-    return [statement.text for statement in body.statements], [text_of(value) for value in body.results]
+    rename(body, taken)
+    written = [Line(statement.text, statement.comment) for statement in body.statements]
+    return written, [text_of(value) for value in body.results]
 
 
 # -------------------------------------------------------------------- nothing twice
@@ -90,7 +108,8 @@ def _share(body: Body, changing: Collection[str] = ()) -> None:
             name = f"t{body.counter}"
             body.counter += 1
             body.rewrite(lambda value: _shared(value, key, tree, name), first)  # noqa: B023
-            body.statements.insert(first, Statement(name, tree))
+            readers = [body.statements[k].purpose for k in found[key] if k < len(body.statements)]
+            body.statements.insert(first, Statement(name, tree, False, joined(readers)))
             axes = broadcast(tree, body.shapes)
             if axes is not None and 1 not in axes:
                 leading = axes.count("B")
@@ -114,8 +133,7 @@ def _parts(value: ast.expr) -> list[tuple[str, ast.expr]]:
 
 def _worth_sharing(tree: ast.expr) -> bool:
     if isinstance(tree, ast.Call):
-        name = tree.func.attr if isinstance(tree.func, ast.Attribute) else ""
-        if name in ("new_zeros", "new_full", "eye") or text_of(tree).startswith("solvers."):
+        if text_of(tree).startswith("solvers."):
             return False
     elif isinstance(tree, ast.Subscript):
         if isinstance(tree.value, ast.Attribute) and tree.value.attr == "shape":
@@ -125,6 +143,22 @@ def _worth_sharing(tree: ast.expr) -> bool:
     elif not isinstance(tree, ast.BinOp | ast.UnaryOp | ast.Compare):
         return False
     return True
+
+
+# -------------------------------------------------------------------- no two names for one value
+
+
+def _unalias(body: Body) -> None:
+    """`a = b` goes, and b is read wherever a was; to be called while every name is assigned once."""
+    k = 0
+    while k < len(body.statements):
+        statement = body.statements[k]
+        if isinstance(statement.value, ast.Name):
+            replacement = {statement.target: statement.value}
+            body.replace(k, None)
+            body.rewrite(lambda value: named(value, replacement), k)  # noqa: B023
+        else:
+            k += 1
 
 
 # -------------------------------------------------------------------- no name used once
@@ -194,36 +228,4 @@ def _delete(body: Body) -> None:
         if (holds or (shape is not None and 4 * shape.entries >= largest(body) > 64)) and end < last:
             ends.setdefault(end, []).append(name)
     for end in sorted(ends, reverse=True):
-        gone = ast.parse(f"del {', '.join(sorted(ends[end]))}").body[0]
-        body.statements.insert(
-            end + 1, Deletion("", ast.Constant(None), in_place=True, source=ast.unparse(gone))
-        )
-
-
-@dataclass
-class Deletion(Statement):
-    """A `del` statement."""
-
-    source: str = ""
-
-    @property
-    def text(self) -> str:
-        """The source line."""
-        return self.source
-
-
-def _renumber(body: Body) -> None:
-    """t1, t2, ... in the order of assignment."""
-    names: dict[str, str] = {}
-    for statement in body.statements:
-        if re.fullmatch(r"t\d+", statement.target) and statement.target not in names:
-            names[statement.target] = f"t{len(names) + 1}"
-
-    def renamed(text: str) -> str:
-        return re.sub(r"\bt\d+\b", lambda found: names.get(found.group(), found.group()), text)
-
-    for statement in body.statements:
-        statement.target = renamed(statement.target)
-        if isinstance(statement, Deletion):
-            statement.source = renamed(statement.source)
-    body.rewrite(lambda value: ast.parse(renamed(text_of(value)), mode="eval").body)
+        body.statements.insert(end + 1, deletion(ends[end]))

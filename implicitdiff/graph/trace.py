@@ -40,7 +40,7 @@ class Placeholder:
 
     Attributes:
         name: For messages and emitted code: ``u``, ``x['cost']``, ``self.eps``, ``captured[0]``.
-        role: 'variable', 'input' or 'tensor' (of the Problem, or captured).
+        role: 'variable', 'input', 'tensor' (of the Problem, or captured) or 'mask' (see ``active.py``).
         shape: The shape of ONE sample; of the whole tensor if it is shared.
         dtype: Its dtype.
         batched: Whether it carries the batch axis at run time.
@@ -52,15 +52,21 @@ class Placeholder:
     dtype: torch.dtype
     batched: bool
 
+    @property
+    def moves(self) -> bool:
+        """Whether it can have a derivative: floating, and no mask."""
+        return self.dtype.is_floating_point and self.role != "mask"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedFunction:
     """One declared function as a graph.
 
     Attributes:
-        name: The hook: 'objective' or 'equality' ('residual' or 'step' for a system of equations).
+        name: The hook: 'objective', 'equality', 'inequality' or 'bounds'; 'residual' or 'step' for a system of
+            equations.
         module: Called with all leaves of one sample, in the order of ``Trace.placeholders``; returns a 0-dim
-            tensor for the objective, a tuple of tensors for the constraints.
+            tensor for the objective, a tuple of tensors for the constraints and the bounds.
         output_shapes: The shapes of one sample's outputs.
     """
 
@@ -86,7 +92,16 @@ class Trace:
         input_spec: The structure of the tuple of inputs, constants included.
         equality_spec: The structure of what ``equality`` returns.
         constants: (position in ``input_spec``, value) of the inputs that are no tensors; they are baked in.
-        captured: Tensors that the functions use without the Problem holding them; the last placeholders.
+        captured: Tensors that the functions use without the Problem holding them; the last placeholders but
+            for the masks.
+        inequality: g; None if none is declared, or if it has no entries.
+        inequality_spec: The structure of what ``inequality`` returns.
+        bounds: The bounds that are there, lower and upper of the first leaf of u, then of the next; None if
+            there are none.
+        bounded: For each leaf of u, whether it has a lower and an upper bound; () if there are no bounds.
+        corner: Of a trace from ``active.py``: for each output of ``equality`` the placeholder of D in
+            K = [[H, -A'], [-A, -diag(D)]], or None where D = 0.
+        declared: Of a trace from ``active.py``: the trace that it was made from.
         square: For a system of equations the hook that its residual comes from, 'residual' or 'step'; the residual is
             ``equality`` then, and the objective 0. Empty for an optimisation problem.
     """
@@ -99,6 +114,12 @@ class Trace:
     equality_spec: Spec | None
     constants: tuple[tuple[int, Any], ...]
     captured: tuple[torch.Tensor, ...]
+    inequality: TracedFunction | None = None
+    inequality_spec: Spec | None = None
+    bounds: TracedFunction | None = None
+    bounded: tuple[tuple[bool, bool], ...] = ()
+    corner: tuple[int | None, ...] = ()
+    declared: "Trace | None" = None
     square: str = ""
     hessian: object = None
     """The hook `hessian` as `structured.hook` records it; None where none is declared."""
@@ -115,11 +136,30 @@ class Trace:
 
     @property
     def tensors(self) -> tuple[Placeholder, ...]:
-        """The placeholders of the Problem's tensors, then of the captured ones."""
-        return tuple(p for p in self.placeholders if p.role == "tensor")
+        """The placeholders of the Problem's tensors, then of the captured ones, then of the masks."""
+        return tuple(p for p in self.placeholders if p.role in ("tensor", "mask"))
+
+    @property
+    def masks(self) -> tuple[Placeholder, ...]:
+        """The placeholders that ``active.py`` adds."""
+        return tuple(p for p in self.placeholders if p.role == "mask")
+
+    @property
+    def origin(self) -> "Trace":
+        """The trace as it was declared, with the flags of this one; itself, unless it is from ``active.py``."""
+        if self.declared is None:
+            return self
+        return dataclasses.replace(
+            self.declared, placeholders=tuple(p for p in self.placeholders if p.role != "mask")
+        )
+
+    @property
+    def limited(self) -> bool:
+        """Whether there are inequalities or bounds."""
+        return self.inequality is not None or self.bounds is not None
 
     def theta(self, bound: Bound) -> tuple[torch.Tensor, ...]:
-        """The values of all placeholders after the variables, for one call."""
+        """The values of all placeholders after the variables but for the masks, for one call."""
         return (*bound.leaves, *bound.tensors, *self.captured)
 
 
@@ -154,8 +194,8 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
         captured = Captured(list(tensors))
         square = problem.MAIN if problem.square else ""
         second = square or "equality"
-        declared = [hook for hook in ("objective", second) if problem.declares(hook)]
-        results = {hook: Result(problem, hook) for hook in declared}
+        declared = [hook for hook in ("objective", second, "inequality", "bounds") if problem.declares(hook)]
+        results = {hook: Result(problem, hook, arguments) for hook in declared}
         raw = {hook: record(problem, hook, arguments, results[hook].check) for hook in declared}
         for hook, module in raw.items():
             lift_attributes(results[hook].name, module, captured)
@@ -170,15 +210,14 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
             hook: _function(hook, finish(module, len(arguments.facts), captured))
             for hook, module in raw.items()
         }
-        objective, equality = functions["objective"], functions.get(second)
-        if square and equality is not None:
-            check_used(problem, arguments, equality.module)
-        elif equality is not None and not any(math.prod(shape) for shape in equality.output_shapes):
-            equality = None
-        if not square:
-            check_dependence(
-                problem, arguments, objective.module, None if equality is None else equality.module
-            )
+        objective = functions["objective"]
+        equality, inequality, bounds = (
+            _unless_empty(functions.get(hook)) for hook in (second, "inequality", "bounds")
+        )
+        if square:
+            check_used(problem, arguments, functions[square].module)
+        else:
+            check_dependence(problem, arguments, objective, equality, inequality)
         return Trace(
             placeholders=_placeholders(arguments, captured.tensors),
             objective=objective,
@@ -189,7 +228,18 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
             constants=bound.constants,
             captured=tuple(captured.tensors),
             square=square,
+            inequality=inequality,
+            inequality_spec=None if inequality is None else results["inequality"].spec,
+            bounds=bounds,
+            bounded=() if bounds is None else results["bounds"].bounded,
         )
+
+
+def _unless_empty(function: TracedFunction | None) -> TracedFunction | None:
+    """The function, if it has an entry."""
+    if function is None or not any(math.prod(shape) for shape in function.output_shapes):
+        return None
+    return function
 
 
 def _function(hook: str, module: torch.fx.GraphModule) -> TracedFunction:

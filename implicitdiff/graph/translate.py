@@ -10,7 +10,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,7 @@ def identifiers(names: list[str]) -> list[str]:
     """The placeholders' names as distinct Python identifiers that no name of the emitted code shadows."""
     out: list[str] = []
     for name in names:
-        clean = "".join(c if c.isalnum() else "_" for c in name.removeprefix("self.")).strip("_") or "value"
+        clean = re.sub(r"[\W_]+", "_", name.removeprefix("self."), flags=re.ASCII).strip("_") or "value"
         if clean[0].isdigit() or keyword.iskeyword(clean) or RESERVED.fullmatch(clean):
             clean = f"{clean}_in" if not clean[0].isdigit() else f"in_{clean}"
         candidate, k = clean, 2
@@ -135,7 +135,7 @@ class _Translator:
         self.placeholder_values: list[Value] = []
         for placeholder, name, sizes in zip(trace.placeholders, names, axes, strict=True):
             prefix = BATCHED if placeholder.batched else UNBATCHED
-            ref = self.build.leaf(name, sizes, prefix, differentiable=placeholder.dtype.is_floating_point)
+            ref = self.build.leaf(name, sizes, prefix, differentiable=placeholder.moves)
             self.leaves.append(Leaf(placeholder, name, tuple(sizes), ref.node))
             self.placeholder_values.append(Value(ref, self._grouped(ref, placeholder.shape)))
 
@@ -156,7 +156,21 @@ class _Translator:
         if self.trace.equality is not None:
             for index, output in enumerate(self._run(self.trace.equality)):
                 blocks += self._blocks(index, output)
+        self._refine_corner(blocks)
         return Program(self.build, tuple(self.leaves), objective.ref, tuple(blocks), self.constants)
+
+    def _refine_corner(self, blocks: Sequence[Block]) -> None:
+        """Ask for a corner with the axes of its constraint, where these are finer than the output's dimensions."""
+        sizes = self.build.labels.sizes
+        for block in blocks:
+            place = self.trace.corner[block.output] if self.trace.corner else None
+            if place is None or sum(b.output == block.output for b in blocks) > 1:
+                continue
+            leaf = self.leaves[place]
+            wanted = tuple(sizes[k] for dim in block.value.dims for k in dim)
+            if leaf.sizes != wanted:
+                axes = [tuple(sizes[k] for k in dim) for dim in block.value.dims if dim]
+                raise Refine({(leaf.name, axis): parts for axis, parts in enumerate(axes) if len(parts) > 1})
 
     def _blocks(self, index: int, output: Value | Pieces) -> list[Block]:
         if isinstance(output, Value):

@@ -1,7 +1,8 @@
-"""The KKT solve, the only copy of the formula: K (w, s) = (a, b) with K = [[H, -A'], [-A, 0]].
+"""The KKT solve, the only copy of the formula: K (w, s) = (a, b) with K = [[H, -A'], [-A, -D]].
 
 In: the steps (apply H^-1, A, A', S^-1) as callables, over symbols or over tensors. Out: (w, s).
-From H w - A's = a and -A w = b follow w = H^-1 (a + A's) and S s = -(b + A H^-1 a) with S = A H^-1 A'.
+From H w - A's = a and -A w - D s = b follow w = H^-1 (a + A's) and S s = -(b + A H^-1 a) with S = A H^-1 A' + D, where
+D = 0 but for constraints that may be off (`graph/active.py`).
 Next files: `saddle.py` (numbers), `symbolic.py` (symbols).
 """
 
@@ -27,6 +28,8 @@ class Steps(Generic[X, Y]):
     add_y: Callable[[Y, Y], Y]
     negate: Callable[[Y], Y]
     hold: Callable[[X], X]
+    corner: Callable[[Y], Y] | None = None
+    """D s; None where D = 0."""
 
 
 def range_space(steps: Steps[X, Y], a: X, b: Y, refinements: int = 0) -> tuple[X, Y]:
@@ -42,7 +45,10 @@ def range_space(steps: Steps[X, Y], a: X, b: Y, refinements: int = 0) -> tuple[X
     w = steps.inverse(steps.add_x(a, steps.spread(s)))
     for _ in range(refinements):
         w = steps.hold(w)
-        correction = steps.schur(steps.negate(steps.add_y(b, steps.constrain(w))))
+        left = steps.add_y(b, steps.constrain(w))
+        if steps.corner is not None:
+            left = steps.add_y(left, steps.corner(s))
+        correction = steps.schur(steps.negate(left))
         s = steps.add_y(s, correction)
         w = steps.add_x(w, steps.inverse(steps.spread(correction)))
     return w, s

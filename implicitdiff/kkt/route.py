@@ -19,6 +19,7 @@ from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.ir import Label, Ref, Unsupported
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.grid import meta_grid
+from implicitdiff.memory import over_limit
 from implicitdiff.structure import dependence
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.forms import Contribution, Entry, Form
@@ -61,6 +62,16 @@ def pairs_through(declared: Declared, inverse: dict[int, Ref] | None) -> list[Co
                             _pair(build, (i, j), first.labels, tuple(own.values()), a, b, own, inverse)
                         )
     return out
+
+
+def corner_terms(declared: Declared) -> list[Contribution]:
+    """The diagonal D of K's corner, which makes S = A H^-1 A' to S + D: 1 in rows that are off."""
+    terms = []
+    for k, c in enumerate(declared.constraints):
+        corner = declared.corner(c)
+        if corner is not None:
+            terms.append(Contribution((k, k), c.labels, c.labels, (corner,), ()))
+    return terms
 
 
 def _pair(
@@ -117,8 +128,6 @@ STRUCTURED = (
     "schur-cg",
 )
 """Solvers that use the form of H; the others are given its dense twin."""
-DENSE_BYTES = 2**31
-"""Above this the matrix of one sample is not formed: products with it only."""
 
 
 class RouteFinder:
@@ -145,6 +154,9 @@ class RouteFinder:
                 else "H has no curvature for some variable: S does not exist"
             )
             rejected = () if linear_solver in ("lu", "ldl") else (("schur", reason),)
+            size = form.space.size + self.declared.constraint_space.size
+            if rejected and not full and (needed := over_limit("K", size, self.dtype.itemsize)):
+                raise Unsupported(f"{reason}: {needed}")
             return replace(
                 base, name="full", solver="ldl" if linear_solver == "ldl" else "lu", rejected=rejected
             )
@@ -162,7 +174,14 @@ class RouteFinder:
             solver=choice.solver.name,
             rejected=tuple(choice.rejected),
         )
+        if constrained and linear_solver == "auto":
+            self._check_rows()
         return replace(base, name="numeric", solver="schur") if constrained else base
+
+    def _check_rows(self) -> None:
+        """Refuse an S without structure that is above the limit; it is formed by numbers, as A is."""
+        if needed := over_limit("S = A H^-1 A'", self.declared.constraint_space.size, self.dtype.itemsize):
+            raise Unsupported(needed)
 
     def _range_space(self, base: Route, linear_solver: str) -> Route:
         """The route through S of a diagonal H: the elimination of a diagonal corner if there is one."""
@@ -179,6 +198,8 @@ class RouteFinder:
         name = next(iter(found)) if linear_solver in ("auto", "schur") else linear_solver
         if choice is not None and choice.solver.name in found:
             name = choice.solver.name
+        if name == "cholesky" and linear_solver == "auto":
+            self._check_rows()
         if name not in found:
             known = ", ".join([*found, "lu", "ldl"])
             raise OptionError(
@@ -206,9 +227,8 @@ class RouteFinder:
         )
         choice = solvers.choose(operator, linear_solver, many=constrained)
         structured = choice.solver.name in STRUCTURED
-        bytes_needed = operator.size**2 * self.dtype.itemsize
-        if not structured and bytes_needed > DENSE_BYTES and linear_solver == "auto":
-            needed = f"its {operator.size} x {operator.size} matrix would take {bytes_needed / 2**30:.1f} GiB a sample"
+        needed = "" if structured else over_limit("H", operator.size, self.dtype.itemsize)
+        if needed and linear_solver == "auto":
             if form.kind != "low-rank-plus-diagonal":
                 raise Unsupported(f"H is {form.kind}: {needed}")
             # the products with D + U C U' are cheap whatever the rank
@@ -228,7 +248,7 @@ class RouteFinder:
         build = self.build
         inverse = None if self.identity else self.inverse_diagonal(form)
         space = self.declared.constraint_space
-        schur = classify(build, space, pairs_through(self.declared, inverse))
+        schur = classify(build, space, [*pairs_through(self.declared, inverse), *corner_terms(self.declared)])
         if len(space.names) > 1 and schur.kind not in ("diagonal", "scaled-identity", "zero"):
             corners = sum(schur.grid[k][k].is_diagonal for k in range(len(space.names)))
             schur = replace(

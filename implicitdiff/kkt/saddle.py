@@ -78,6 +78,17 @@ def divided(batch_axis: int, *answers: Tensor) -> Tensor:
     return status
 
 
+def vanished(value: Tensor, *terms: Tensor) -> Tensor:
+    """(B,) int8: SINGULAR where an entry of `value` is nothing but rounding beside the terms that cancel in it."""
+    size = terms[0].abs()
+    for term in terms[1:]:
+        size = torch.maximum(size, term.abs())
+    gone = value.abs() <= 10 * torch.finfo(value.dtype).eps * size
+    return torch.where(gone.reshape(gone.shape[0], -1).any(1), int(Status.SINGULAR), int(Status.OK)).to(
+        torch.int8
+    )
+
+
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
     """max |finite entry| of each sample over several tensors (B or 1, ...), (B,)."""
     out = like.new_zeros(like.shape[:1])
@@ -140,15 +151,21 @@ class RangeSpace:
     """
 
     def __init__(
-        self, factor: Factorization, jacobian: Tensor, null_vectors: NullVectors | tuple[Tensor, ...] = ()
+        self,
+        factor: Factorization,
+        jacobian: Tensor,
+        null_vectors: NullVectors | tuple[Tensor, ...] = (),
+        corner: Tensor | None = None,
     ) -> None:
-        """Factors S; `null_vectors` (p,) are the proved dependences between the rows of A."""
-        self.factor, self.jacobian = factor, jacobian
+        """Factors S + D; `null_vectors` (p,) are the proved dependences between the rows of A, `corner` (B, p) is D."""
+        self.factor, self.jacobian, self.corner = factor, jacobian, corner
         inverse = factor.solve(jacobian.transpose(0, 1))
         schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
-        corner = operators.Dense((schur + schur.mT) / 2, symmetric=True)
-        whole = operators.Block(((corner,),), (corner.size,), null_vectors=null_vectors)
-        self.schur = solvers.Cholesky().factor(whole if null_vectors else corner)
+        if corner is not None:
+            schur = with_diagonal(schur, corner)
+        dense = operators.Dense((schur + schur.mT) / 2, symmetric=True)
+        whole = operators.Block(((dense,),), (dense.size,), null_vectors=null_vectors)
+        self.schur = solvers.Cholesky().factor(whole if null_vectors else dense)
         self.status = merged(factor.status, self.schur.status)
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,19 +184,25 @@ class RangeSpace:
 
 
 class FullKKT:
-    """K = [[H, -A'], [-A, 0]] solved as one matrix: for singular H, and for constraints that depend by their values.
+    """K = [[H, -A'], [-A, -D]] solved as one matrix: for singular H, and for constraints that depend by their values.
 
     Attributes:
         status: (B,) int8, known after the first `solve`.
     """
 
-    def __init__(self, hessian: Tensor, jacobian: Tensor, *, ldl: bool = False) -> None:
+    def __init__(
+        self, hessian: Tensor, jacobian: Tensor, *, ldl: bool = False, corner: Tensor | None = None
+    ) -> None:
         """Forms K, which is factored at the first `solve`; `ldl` asks for LDL' (which finds no dependent constraints)
-        instead of LU.
+        instead of LU; `corner` (B, p) is D.
         """
         self.batch = max(hessian.shape[0], jacobian.shape[0])
-        corner = hessian.new_zeros(self.batch, jacobian.shape[-2], jacobian.shape[-2])
-        matrix = grid([[hessian, -jacobian.mT], [-jacobian, corner]])
+        if corner is None:
+            below = hessian.new_zeros(self.batch, jacobian.shape[-2], jacobian.shape[-2])
+        else:
+            self.batch = max(self.batch, corner.shape[0])
+            below = torch.diag_embed(-corner)
+        matrix = grid([[hessian, -jacobian.mT], [-jacobian, below]])
         self.size = hessian.shape[-1]
         self.status = torch.zeros(self.batch, dtype=torch.int8, device=hessian.device)
         self._dense = None if ldl else SymmetricKKT(matrix, self.size)

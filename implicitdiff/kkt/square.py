@@ -20,7 +20,8 @@ from implicitdiff.graph.maps import Place
 from implicitdiff.graph.values import shape
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.grid import grid_cell, meta_grid
-from implicitdiff.kkt.route import DENSE_BYTES, STRUCTURED, Route
+from implicitdiff.kkt.route import STRUCTURED, Route
+from implicitdiff.memory import over_limit
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.forms import Contribution, Form
 
@@ -247,10 +248,9 @@ def _route(build: Builder, form: Form, linear_solver: str, dtype: torch.dtype) -
         operator = lowering.meta_operator(build, form, form.kind, dtype)
     choice = solvers.choose(operators.general(operator), linear_solver, definite=False)
     structured = choice.solver.name in (*STRUCTURED, "gmres") or form.kind == "banded"
-    needed = operator.size**2 * dtype.itemsize
-    if not structured and needed > DENSE_BYTES and linear_solver == "auto":
-        matrix = f"its {operator.size} x {operator.size} matrix"
-        raise Unsupported(f"J is {form.kind}: {matrix} would take {needed / 2**30:.1f} GiB a sample")
+    needed = "" if structured else over_limit("J", operator.size, dtype.itemsize)
+    if needed and linear_solver == "auto":
+        raise Unsupported(f"J is {form.kind}: {needed}")
     return replace(
         base,
         hessian_kind=form.kind if structured else "dense",

@@ -12,12 +12,13 @@ import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import call
-from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.kkt.grid import grid_operator
 from implicitdiff.kkt.route import RouteFinder
 from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.structure.scale import cancelling
 
 Refs = list[Ref]
 
@@ -78,9 +79,10 @@ class SymbolicKKT:
         )
         parts = lowering.unpack(build, space, multiplied, space.rows, [None] * len(space.names))
         pulled = self._spread(s)
+        held = self._corner(s)
         return (
             [build.minus(p, q) for p, q in zip(parts, pulled, strict=True)],
-            [build.scale(-1.0, x) for x in self._constrain(w)],
+            [build.scale(-1.0, build.plus(x, y)) for x, y in zip(self._constrain(w), held, strict=True)],
         )
 
     def least_squares(self, slope: Refs) -> tuple[Refs, Ref]:
@@ -140,9 +142,35 @@ class SymbolicKKT:
             add_y=add,
             negate=lambda x: [build.scale(-1.0, p) for p in x],
             hold=lambda x: [build.hold(p) for p in x],
+            corner=self._corner if self.declared.cornered else None,
         )
         w, s = range_space(steps, a, b, self.refinements)
-        return w, s, status
+        return w, s, [*status, *([] if self.identity else self._vanished())]
+
+    def _vanished(self) -> Refs:
+        """The status of a diagonal H in which multipliers may cancel: what is left may be rounding alone (2 - 2 lam).
+
+        No scale tells then, since S and w are as large as H is small.
+        """
+        build, form = self.build, self.route.hessian
+        found = []
+        for k, rows in enumerate(form.space.rows):
+            diagonal = form.grid[k][k].diagonal
+            if diagonal is None or diagonal.node.op != "add" or not self._has_multipliers(diagonal):
+                continue
+            labels = rows if diagonal.labels else ()
+            refs = [diagonal, *cancelling(build, diagonal)]
+            if any(not set(ref.labels) <= set(labels) for ref in refs):
+                continue
+            text = f"saddle.vanished({', '.join(f'{{{i}}}' for i in range(len(refs)))})"
+            found.append(call(build, text, [(ref, labels, BATCHED) for ref in refs], (), BATCHED, "vanished"))
+        return found
+
+    def _has_multipliers(self, ref: Ref) -> bool:
+        names = {
+            self.declared.constraint_leaf_name("lam", k) for k in range(len(self.declared.output_shapes))
+        }
+        return any(node.op == "leaf" and node.data[0] in names for node in reachable([ref.node]))
 
     def _constrain(self, x: Refs) -> Refs:
         """A x, one ref a constraint."""
@@ -173,6 +201,10 @@ class SymbolicKKT:
                         pieces.append(inner.rename(dict(zip(term.columns, rows[k], strict=True))))
             out.append(build.plus(*pieces) if pieces else build.number(0.0))
         return out
+
+    def _corner(self, y: Refs) -> Refs:
+        """D y, one ref a constraint."""
+        return [self.build.times(d, p) for d, p in zip(self._corners(), y, strict=True)]
 
     def _schur_solve(self, rhs: Refs, prefix: int) -> tuple[Refs, Ref]:
         """S^-1 rhs; the common factor of S is divided out of the right-hand side, where it usually cancels."""
@@ -212,14 +244,26 @@ class SymbolicKKT:
         """K by numbers: H structured or dense, A written out."""
         build, space = self.build, self.route.hessian.space
         jacobian = jacobian_matrix(self.declared, space.columns)
+        args: list[tuple[Ref, Sequence[Label], int]] = [(jacobian, jacobian.labels, BATCHED)]
+        corner = ""
+        if self.declared.cornered:
+            rows = self.declared.constraint_space
+            flat = lowering.pack(build, rows, self._corners(), rows.rows, BATCHED)
+            corner = ", corner={2}"
+            args.append((flat, flat.labels, BATCHED))
         if self.route.name == "full":
             hessian = lowering.dense_matrix(build, self.route.hessian)
             option = ", ldl=True" if self.route.solver == "ldl" else ""
-            text, of_hessian = f"saddle.FullKKT({{0}}, {{1}}{option})", (hessian, hessian.labels, BATCHED)
-        else:
-            null = ", null_vectors" if self.route.dependent is not None else ""
-            text, of_hessian = f"saddle.RangeSpace({{0}}, {{1}}{null})", (self._hessian_factor(), (), -1)
-        return call(build, text, [of_hessian, (jacobian, jacobian.labels, BATCHED)], (), BATCHED, "kkt")
+            text = f"saddle.FullKKT({{0}}, {{1}}{option}{corner})"
+            return call(build, text, [(hessian, hessian.labels, BATCHED), *args], (), BATCHED, "kkt")
+        null = ", null_vectors" if self.route.dependent is not None else ""
+        text = f"saddle.RangeSpace({{0}}, {{1}}{null}{corner})"
+        return call(build, text, [(self._hessian_factor(), (), -1), *args], (), BATCHED, "kkt")
+
+    def _corners(self) -> Refs:
+        """D, one ref a constraint."""
+        found = [self.declared.corner(c) for c in self.declared.constraints]
+        return [self.build.number(0.0) if ref is None else ref for ref in found]
 
     def _numbers(self, a: Refs, b: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
         """(w, s) by the numbers of `_system`."""

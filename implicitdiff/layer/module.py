@@ -8,14 +8,14 @@ Next: `layer/prepare.py`, which prepares one call.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 
-from implicitdiff.errors import FallbackWarning
+from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.inputs import InDims
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.layer.recorded import solution_in_graph
 from implicitdiff.layer.run import run
 from implicitdiff.problem import Problem, Solution, require_problem
@@ -48,6 +48,8 @@ class DeclarativeLayer(torch.nn.Module):
         on_failure: str = "raise",
         optimality_tol: float | None = None,
         compile: bool = False,
+        tie: str = "inactive",
+        kkt: KKTOptions | None = None,
     ) -> None:
         """Check the options and keep them.
 
@@ -65,20 +67,25 @@ class DeclarativeLayer(torch.nn.Module):
                 "nan" or "zero" (so in u and in its gradients; a shared tensor's gradient is NaN, or the sum over the
                 other samples); "damp" (regularise, with a warning).
             optimality_tol: relative tolerance of the check that u is optimal; None: sqrt(eps) of the dtype.
-            compile: asks for a compiled backward; for now it runs eagerly, with equal results and a warning.
+            compile: gives the emitted code, backward and forward, to torch.compile, a stretch between two calls of
+                solvers at a time. It takes seconds per signature on the first call; derivatives of derivatives, and
+                whatever is vmapped, run eagerly. Inside torch.compile it has no effect.
+            tie: at a weakly active inequality or bound (active, with a multiplier of 0) u has two one-sided
+                derivatives: "inactive" takes that of the constraint left out, "active" that of it kept as an equality,
+                "average" the mean of both.
+
+            kkt: what the backward pass does about the KKT system beside solving with it: derivatives of least norm for
+                minimisers that are not unique, a trust region, refinement, float64 inside; None: nothing.
 
         Raises:
             ProblemDefinitionError: `problem` is not a complete declaration, or lacks the `vjp` that "hand" needs.
             OptionError: an option has a value that does not exist; the message lists those that do.
-            NotSupportedYetError: the problem declares inequality or bounds.
 
         Warns:
-            FallbackWarning: for compile=True.
+            FallbackWarning: compile=True together with a `backward` of which no code is emitted. The same warning
+                comes on the first call where no compiler is found, or where it fails.
         """
         super().__init__()
-        if compile:
-            _warn_that_it_runs_eagerly()
-        self.compile_requested = compile
         self.problem = require_problem(problem)
         self.options = Options(
             in_dims=in_dims,
@@ -87,6 +94,9 @@ class DeclarativeLayer(torch.nn.Module):
             backward=backward,
             on_failure=on_failure,
             optimality_tol=optimality_tol,
+            compile=compile,
+            tie=tie,
+            kkt=PLAIN if kkt is None else kkt,
         )
         self.options.check(self.problem)
 
@@ -138,6 +148,8 @@ def solve(
     on_failure: str = "raise",
     optimality_tol: float | None = None,
     compile: bool = False,
+    tie: str = "inactive",
+    kkt: KKTOptions | None = None,
 ) -> Solution:
     """Solve every sample: `DeclarativeLayer(problem, ...).solve(*inputs, init=init)` as a function.
 
@@ -152,12 +164,12 @@ def solve(
         on_failure: see `DeclarativeLayer`.
         optimality_tol: see `DeclarativeLayer`.
         compile: see `DeclarativeLayer`.
+        tie: see `DeclarativeLayer`.
+        kkt: see `DeclarativeLayer`.
 
     Returns:
         Solution, differentiable in u, the multipliers and the value.
     """
-    if compile:
-        _warn_that_it_runs_eagerly()
     options = Options(
         in_dims=in_dims,
         optimizer=optimizer,
@@ -165,16 +177,11 @@ def solve(
         backward=backward,
         on_failure=on_failure,
         optimality_tol=optimality_tol,
+        compile=compile,
+        tie=tie,
+        kkt=PLAIN if kkt is None else kkt,
     )
     if torch.compiler.is_compiling():
         return solution_in_graph(problem, options, inputs, init, with_value=True)
     options.check(require_problem(problem))
     return run(prepare(problem, inputs, options, init), with_value=True)
-
-
-def _warn_that_it_runs_eagerly() -> None:
-    warnings.warn(
-        "compile=True: the backward pass is not compiled yet and runs eagerly, with equal results",
-        FallbackWarning,
-        stacklevel=3,
-    )

@@ -8,7 +8,7 @@ user's structures. Next: `autograd/implicit.py`, which it applies.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,66 +21,26 @@ from implicitdiff.autograd.call import Solved
 from implicitdiff.autograd.opaque import CALLS, CAPTURED
 from implicitdiff.errors import (
     InputError,
-    OptionError,
     ProblemDefinitionError,
     SolutionError,
     StaleGraphError,
 )
-from implicitdiff.failures import validate_policy
+from implicitdiff.failures import filled
 from implicitdiff.graph.skeleton import skeleton
 from implicitdiff.graph.trace import Example, variable_example
-from implicitdiff.inputs import Bound, InDims, bind, check_finite
+from implicitdiff.inputs import Bound, bind, check_finite
 from implicitdiff.layer.discover import solved_example
 from implicitdiff.layer.hand import hand_vjp
-from implicitdiff.optimality import tolerance
-from implicitdiff.optimizers.forward import ForwardResult, solve_forward
-from implicitdiff.plan import Plan, check_options, plan_for, with_batched
+from implicitdiff.layer.options import Options
+from implicitdiff.optimizers.forward import solve_forward
+from implicitdiff.plan import Plan, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
-from implicitdiff.pytrees import flatten_like, unflatten
+from implicitdiff.pytrees import Spec, flatten_like, unflatten
 from implicitdiff.records import open_records
 from implicitdiff.torch_private import autocast_enabled, is_recorded, pytree, without_saved_tensor_hooks
 
 Leaves = tuple[Tensor, ...]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a layer; `DeclarativeLayer.__init__` says what each means."""
-
-    in_dims: InDims = 0
-    optimizer: Any = None
-    linear_solver: str = "auto"
-    backward: str = "auto"
-    on_failure: str = "raise"
-    optimality_tol: float | None = None
-
-    def check(self, problem: Problem) -> None:
-        """Raise for a value that does not exist, or that this problem does not support."""
-        check_options(self.backward, self.linear_solver)
-        validate_policy(self.on_failure)
-        tolerance(torch.float64, self.optimality_tol)
-        if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):
-            raise OptionError(
-                f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
-                "Newton(), or None"
-            )
-        if self.backward == "approximate" and problem.MAIN == "residual":
-            raise OptionError(
-                f"backward='approximate' ignores constraints, or takes D_u step for 0; {type(problem).__name__} is a "
-                "Root, which has neither: use backward='auto'"
-            )
-        if self.backward == "hand" and not problem.declares("vjp"):
-            raise ProblemDefinitionError(
-                f"backward='hand' needs {type(problem).__name__} to declare vjp(self, u, v, *inputs); "
-                "declare it or use backward='auto'"
-            )
-
-    def shown(self) -> str:
-        """`name=value` of every option that is not the default."""
-        return ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
-        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +52,9 @@ class Outputs:
     status: Tensor
     iterations: Tensor
     residual: Tensor
+    margin: Tensor | None = None
+    call: Prepared | None = None
+    """The call that gave them, for a problem with inequalities or bounds: with its masks."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +77,7 @@ class Forward:
 
     def __call__(self, call: Call, theta: Leaves, start: Leaves | None) -> Solved:
         """Solve on plain tensors, for the flags of `call` (a vmapped axis may have been folded into the batch)."""
-        if self.stale:
-            raise StaleGraphError(
-                f"an attribute of {type(self.problem).__name__} has changed since this graph was compiled or "
-                "exported, and the graph has its old value inside: compile it anew after torch.compiler.reset(), or "
-                "make the attribute a tensor, whose values are never kept"
-            )
+        self.refuse_stale()
         if not self.bound.checked:
             count = len(self.bound.names)
             check_finite(self.bound.names, theta[:count], call.batched[:count])
@@ -136,10 +94,27 @@ class Forward:
             tol=options.optimality_tol,
             on_failure=options.on_failure,
         )
-        return _filled(found, options.on_failure)
+        return replace(
+            found,
+            u=filled(found.u, found.failed, options.on_failure),
+            multipliers=filled(found.multipliers, found.failed, options.on_failure),
+        )
+
+    def refuse_stale(self) -> None:
+        """Raise if the call comes out of a recorded graph and the problem has changed since."""
+        if self.stale:
+            raise StaleGraphError(
+                f"an attribute of {type(self.problem).__name__} has changed since this graph was compiled or "
+                "exported, and the graph has its old value inside: compile it anew after torch.compiler.reset(), or "
+                "make the attribute a tensor, whose values are never kept"
+            )
 
     def handle(self, call: Call) -> int:
         """The number of the call; its entry holds no more of the problem than a weak reference."""
+        return self.number(call, "solve", lambda forward: forward)
+
+    def number(self, call: Call, role: str, of: Callable[[Forward], Any]) -> int:
+        """The number of a call whose forward is made from this one by `of`."""
         owner, options = weakref.ref(self.problem), self.options
         # What a recorder had in the place of tensors and sizes is of no use when the graph runs.
         bound = replace(self.bound, tensors=(), batch=0)
@@ -149,9 +124,12 @@ class Forward:
             problem = owner()
             if problem is None:
                 raise AssertionError("numbers are dropped with their owner")
-            return _call(problem, bound, options, plan, forward_plan, batched, scan(problem))
+            again = make_call(problem, bound, options, plan, forward_plan, batched, scan(problem))
+            assert isinstance(again.solve, Forward)
+            return replace(again, solve=of(again.solve)) if kind is Call else kind(**_fields(again))
 
-        return CALLS.number(self.problem, (id(plan), id(forward_plan), repr(options)), make)
+        kind = type(call)
+        return CALLS.number(self.problem, (role, id(plan), id(forward_plan), repr(options)), make)
 
 
 @dataclass(frozen=True)
@@ -169,6 +147,9 @@ class Prepared:
         restore: the dtype that outputs are cast back to (under autocast), or None.
         twin: while a graph is recorded, the problem with the graph's tensors in it: for hooks whose operations are
             recorded too.
+        known: of a problem with inequalities or bounds, once they are found: u, the multipliers, status, iterations,
+            residual; the masks are then the last of theta.
+        margin: likewise, strict complementarity (B,).
     """
 
     problem: Problem
@@ -180,6 +161,8 @@ class Prepared:
     start: Leaves | None
     restore: torch.dtype | None
     twin: Problem | None = None
+    known: Leaves | None = None
+    margin: Tensor | None = None
 
     @property
     def hooks(self) -> Problem:
@@ -189,11 +172,18 @@ class Prepared:
     @property
     def batched(self) -> tuple[bool, ...]:
         """For each theta, whether it carries the batch axis."""
-        return (*self.bound.batched, *(False,) * (len(self.theta) - len(self.bound.batched)))
+        masks = len(self.plan.trace.masks)
+        count = len(self.plan.trace.placeholders) - len(self.plan.trace.variables)
+        shared = count - masks - len(self.bound.batched)
+        return (*self.bound.batched, *(False,) * shared, *(True,) * masks)
 
     def call(self) -> Call:
         """What autograd's functions need to know."""
-        return _call(self.problem, self.bound, self.options, self.plan, self.forward_plan, self.batched)
+        return make_call(self.problem, self.bound, self.options, self.plan, self.forward_plan, self.batched)
+
+    def forward(self) -> Forward:
+        """The forward pass of the call."""
+        return Forward(self.problem, replace(self.bound, leaves=()), self.options, self.forward_plan)
 
     def apply(self) -> Outputs:
         """Run the call through autograd's function."""
@@ -210,25 +200,32 @@ class Prepared:
     def solution(self, outputs: Outputs, value: Tensor | None) -> Solution:
         """The leaves in the user's structures, without batch axis if none came in."""
         trace = self.plan.trace
-        multipliers = None
-        if trace.equality_spec is not None:
-            multipliers = unflatten([self._back(leaf) for leaf in outputs.multipliers], trace.equality_spec)
+        count = 0 if trace.equality_spec is None else trace.equality_spec.num_leaves
         return Solution(
-            u=unflatten([self._back(leaf) for leaf in outputs.u], trace.variable_spec),
-            equality_multipliers=multipliers,
-            value=None if value is None else self._back(value),
-            status=self._back(outputs.status),
-            iterations=self._back(outputs.iterations),
-            residual=self._back(outputs.residual),
+            u=unflatten([self.back(leaf) for leaf in outputs.u], trace.variable_spec),
+            equality_multipliers=self._tree(outputs.multipliers[:count], trace.equality_spec),
+            inequality_multipliers=self._tree(outputs.multipliers[count:], trace.inequality_spec),
+            value=None if value is None else self.back(value),
+            status=self.back(outputs.status),
+            iterations=self.back(outputs.iterations),
+            residual=self.back(outputs.residual),
         )
 
-    def _back(self, leaf: Tensor) -> Tensor:
+    def _tree(self, leaves: Leaves, spec: Spec | None) -> Any:
+        return None if spec is None else unflatten([self.back(leaf) for leaf in leaves], spec)
+
+    def back(self, leaf: Tensor) -> Tensor:
+        """A result as the caller expects it: in its dtype, without batch axis if none came in."""
         if self.restore is not None and leaf.is_floating_point():
             leaf = leaf.to(self.restore)
         return leaf[0] if self.bound.unbatched else leaf
 
 
-def _call(
+def _fields(call: Call) -> dict[str, Any]:
+    return {field.name: getattr(call, field.name) for field in fields(call)}
+
+
+def make_call(
     problem: Problem,
     bound: Bound,
     options: Options,
@@ -251,6 +248,7 @@ def _call(
         name=type(problem).__name__,
         backward=options.backward,
         linear_solver=options.linear_solver,
+        kkt=options.kkt,
         records=open_records(),
         vjp=hand_vjp(problem, bound, plan.trace) if options.backward == "hand" else None,
     )
@@ -314,7 +312,13 @@ def prepare(
 
 def _plan(problem: Problem, bound: Bound, example: Example, options: Options, backward: str) -> Plan:
     return plan_for(
-        problem, bound, example.leaves, example.spec, backward=backward, linear_solver=options.linear_solver
+        problem,
+        bound,
+        example.leaves,
+        example.spec,
+        backward=backward,
+        linear_solver=options.linear_solver,
+        compiled=options.compile,
     )
 
 
@@ -361,22 +365,3 @@ def _refuse_parameters(problem: Problem, bound: Bound) -> None:
                 f"{type(problem).__name__} requires one: use backward='auto', or freeze it with "
                 "requires_grad_(False)"
             )
-
-
-def _filled(found: ForwardResult, on_failure: str) -> ForwardResult:
-    """The policy's value in the failed samples of u and lam."""
-    if on_failure not in ("nan", "zero"):
-        return found
-    fill = torch.nan if on_failure == "nan" else 0.0
-
-    def mend(leaf: Tensor) -> Tensor:
-        return torch.where(found.failed.reshape(-1, *(1,) * (leaf.dim() - 1)), fill, leaf)
-
-    return ForwardResult(
-        tuple(mend(leaf) for leaf in found.u),
-        tuple(mend(leaf) for leaf in found.multipliers),
-        found.status,
-        found.iterations,
-        found.residual,
-        found.failed,
-    )

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from implicitdiff.attributes import plain_values, scan
 from implicitdiff.autograd.handles import Handles
+from implicitdiff.autograd.options import KKTOptions
 from implicitdiff.errors import NotSupportedYetError, StaleGraphError, TraceError
-from implicitdiff.layer.prepare import Options, prepare
+from implicitdiff.layer.options import Options
+from implicitdiff.layer.prepare import prepare
 from implicitdiff.layer.run import run
 from implicitdiff.problem import Problem, Solution, problem_of
 from implicitdiff.pytrees import flatten, unflatten
@@ -56,6 +58,8 @@ def solution_in_graph(
         options.backward,
         options.on_failure,
         options.optimality_tol,
+        options.tie,
+        options.kkt,
     )
     leaves = _node(number, with_value, tensors, inputs, init)
     return _assembled(leaves, _layout(number))
@@ -176,9 +180,13 @@ def _number(
     backward: str,
     on_failure: str,
     optimality_tol: float | None,
+    tie: str,
+    kkt: KKTOptions,
 ) -> int:
     problem = problem_of(which)
-    options = Options(in_dims, optimizer, linear_solver, backward, on_failure, optimality_tol)
+    options = Options(
+        in_dims, optimizer, linear_solver, backward, on_failure, optimality_tol, tie=tie, kkt=kkt
+    )
     options.check(problem)
     owner = weakref.ref(problem)
 

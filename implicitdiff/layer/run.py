@@ -5,6 +5,9 @@ In: a `Prepared`. Out: a `Solution`. Next: `layer/prepare.py` and `layer/unrolle
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from implicitdiff.layer.inequalities import apply_located, located, with_bound_multipliers
 from implicitdiff.layer.prepare import Prepared
 from implicitdiff.layer.unrolled import run_unrolled
 from implicitdiff.problem import Solution
@@ -14,6 +17,17 @@ from implicitdiff.torch_private import without_autocast
 def run(prepared: Prepared, *, with_value: bool) -> Solution:
     """Solve, in the dtypes of the prepared inputs; the value costs one evaluation of the objective."""
     with without_autocast(prepared.bound.device.type):
-        outputs = run_unrolled(prepared) if prepared.options.backward == "unrolled" else prepared.apply()
+        if prepared.options.backward == "unrolled":
+            if prepared.plan.trace.limited:
+                prepared = located(prepared)[0]  # a walk of equalities needs to know the active sets
+            outputs = replace(run_unrolled(prepared), margin=prepared.margin)
+        elif prepared.plan.trace.limited:
+            outputs = apply_located(prepared)
+            prepared = outputs.call or prepared
+        else:
+            outputs = prepared.apply()
         value = prepared.value(outputs.u) if with_value and not prepared.problem.square else None
-        return prepared.solution(outputs, value)
+        solution = prepared.solution(outputs, value)
+        if with_value and prepared.plan.trace.limited:
+            return with_bound_multipliers(prepared, outputs, solution)
+        return solution

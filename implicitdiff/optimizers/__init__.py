@@ -9,6 +9,7 @@ from implicitdiff.optimizers.augmented import AugmentedLagrangian
 from implicitdiff.optimizers.combined import Chain, MultiStart
 from implicitdiff.optimizers.default import default_optimizer
 from implicitdiff.optimizers.from_scipy import SciPy
+from implicitdiff.optimizers.interior import InteriorPoint
 from implicitdiff.optimizers.lbfgs import LBFGS
 from implicitdiff.optimizers.least_squares import GaussNewton, LevenbergMarquardt
 from implicitdiff.optimizers.limits import Progress
@@ -21,6 +22,7 @@ __all__ = [
     "AugmentedLagrangian",
     "Chain",
     "GaussNewton",
+    "InteriorPoint",
     "LevenbergMarquardt",
     "MultiStart",
     "Newton",

@@ -8,8 +8,10 @@ import math
 
 from implicitdiff.optimizers.anderson import Anderson
 from implicitdiff.optimizers.combined import Chain
+from implicitdiff.optimizers.interior import InteriorPoint
 from implicitdiff.optimizers.iterate import Optimizer
 from implicitdiff.optimizers.lbfgs import LBFGS
+from implicitdiff.optimizers.limited import takes_matrices
 from implicitdiff.optimizers.newton import Newton
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Problem
@@ -42,6 +44,8 @@ def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, s
     if plan.trace.square:
         return Newton(), f"few steps, each by the solver of the backward pass ({plan.analysis.solver})"
     m = sum(math.prod(variable.shape) for variable in plan.trace.variables)
+    if plan.trace.limited:
+        return InteriorPoint(), limited_reason(plan)
     if m <= MANY_VARIABLES:
         size = "1 variable" if m == 1 else f"{m} variables"
         return Newton(), f"few steps, and a factorisation for {size} is cheap"
@@ -53,6 +57,19 @@ def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, s
         Chain((LBFGS(), Newton(extra=1))),
         f"without structure a factorisation for {m} variables costs more than many gradients",
     )
+
+
+def limited_reason(plan: Plan) -> str:
+    """Why an interior-point method, and by which factorisation: for problems with inequalities or bounds."""
+    what = "inequalities" if plan.trace.inequality is not None else "bounds"
+    if plan.trace.inequality is not None and plan.trace.bounds is not None:
+        what = "inequalities and bounds"
+    how = (
+        "on constant matrices, since f is quadratic and the constraints are affine"
+        if takes_matrices(plan)
+        else f"each by the KKT solve of the backward pass ({plan.analysis.solver})"
+    )
+    return f"{what}: 8 to 20 steps whatever the active set, {how}"
 
 
 def optimizer_name(optimizer: Optimizer | None) -> str:

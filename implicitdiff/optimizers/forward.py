@@ -129,7 +129,7 @@ def _judge_proposal(
         else proposal.multipliers
     )
     found = check(plan, proposal.u, lam, theta, tol)
-    status = found.status if proposal.status is None else _agreed(found.status, proposal.status)
+    status = found.status if proposal.status is None else agreed(found.status, proposal.status)
     found = replace(found, status=status)
     hint = ""
     if proposal.multipliers and bool((status == int(Status.NOT_OPTIMAL)).any()):
@@ -170,7 +170,7 @@ def estimate_multipliers(plan: Plan, u: Leaves, theta: Leaves) -> Leaves:
     )
 
 
-def _agreed(measured: Tensor, said: Tensor) -> Tensor:
+def agreed(measured: Tensor, said: Tensor) -> Tensor:
     """One verdict from the measured one and the one that `solve` gave.
 
     The rule decides whether a sample is optimal, so "not converged" does not outlive it; any other remark of

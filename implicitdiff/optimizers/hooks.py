@@ -12,8 +12,14 @@ from torch import Tensor
 from implicitdiff.errors import SolutionError
 from implicitdiff.graph.skeleton import skeleton
 from implicitdiff.inputs import Bound, unflatten_inputs
-from implicitdiff.optimizers.returned import Proposal, check_start, checked_leaves, checked_solution, joined
-from implicitdiff.plan import Plan
+from implicitdiff.optimizers.returned import (
+    Declares,
+    Proposal,
+    check_start,
+    checked_leaves,
+    checked_solution,
+    joined,
+)
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import flatten_like, unflatten
 from implicitdiff.torch_private import is_wrapped
@@ -25,20 +31,20 @@ Leaves = tuple[Tensor, ...]
 _NOT_VMAPPABLE = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
-def _flags(plan: Plan) -> tuple[bool, ...]:
+def _flags(plan: Declares) -> tuple[bool, ...]:
     return tuple(placeholder.batched for placeholder in (*plan.trace.inputs, *plan.trace.tensors))
 
 
-def batch_of(plan: Plan, theta: Sequence[Tensor]) -> int:
+def batch_of(plan: Declares, theta: Sequence[Tensor]) -> int:
     """B, from the first tensor with a batch axis; 1 if there is none."""
     return next((tensor.shape[0] for tensor, flag in zip(theta, _flags(plan), strict=True) if flag), 1)
 
 
-def _sample(plan: Plan, theta: Sequence[Tensor], index: int) -> Leaves:
+def _sample(plan: Declares, theta: Sequence[Tensor], index: int) -> Leaves:
     return tuple(tensor[index] if flag else tensor for tensor, flag in zip(theta, _flags(plan), strict=True))
 
 
-def _plain(problem: Problem, plan: Plan, bound: Bound, theta: Sequence[Tensor]) -> Problem:
+def _plain(problem: Problem, plan: Declares, bound: Bound, theta: Sequence[Tensor]) -> Problem:
     """The problem with plain tensors for attributes; itself in plain eager code.
 
     Inside vmap or grad its Parameters may be wrappers without data, or differ between the samples. The copy
@@ -58,7 +64,7 @@ def takes_start(problem: Problem) -> bool:
 
 
 def run_solve(
-    problem: Problem, plan: Plan, bound: Bound, theta: Leaves, batch: int, start: Leaves | None
+    problem: Problem, plan: Declares, bound: Bound, theta: Leaves, batch: int, start: Leaves | None
 ) -> Proposal:
     """Call `solve` once, batched, and check what it returns.
 
@@ -87,13 +93,13 @@ def run_solve(
     return _call(problem, plan, bound, theta, batch, start)
 
 
-def _narrow(plan: Plan, theta: Sequence[Tensor], index: int) -> Leaves:
+def _narrow(plan: Declares, theta: Sequence[Tensor], index: int) -> Leaves:
     """One sample of theta, still with a batch axis of size 1."""
     return tuple(t[index : index + 1] if flag else t for t, flag in zip(theta, _flags(plan), strict=True))
 
 
 def _call(
-    problem: Problem, plan: Plan, bound: Bound, theta: Leaves, batch: int, start: Leaves | None
+    problem: Problem, plan: Declares, bound: Bound, theta: Leaves, batch: int, start: Leaves | None
 ) -> Proposal:
     flags, count = _flags(plan), len(plan.trace.inputs)
     expanded = [
@@ -110,7 +116,7 @@ def _call(
     return checked_solution(f"solve of {type(problem).__name__}", plan, found, batch, bound.device)
 
 
-def initial_leaves(problem: Problem, plan: Plan, bound: Bound, theta: Leaves, batch: int) -> Leaves:
+def initial_leaves(problem: Problem, plan: Declares, bound: Bound, theta: Leaves, batch: int) -> Leaves:
     """The start points of `init`, written for one sample: under vmap, or sample by sample where vmap cannot.
 
     Returns:

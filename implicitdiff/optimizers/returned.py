@@ -6,18 +6,25 @@ SolutionError that names what was expected and what came, go out. Next: forward.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from implicitdiff.errors import SolutionError
-from implicitdiff.plan import Plan
+from implicitdiff.graph.trace import Trace
 from implicitdiff.problem import Solution
 from implicitdiff.pytrees import flatten_like, leaf_names, unflatten
 from implicitdiff.status import Status
 
 Leaves = tuple[Tensor, ...]
+
+
+class Declares(Protocol):
+    """A plan, of which only the trace counts; for a problem with inequalities the trace as it was declared."""
+
+    @property
+    def trace(self) -> Trace: ...
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,11 @@ class Proposal:
     multipliers: Leaves | None
     status: Tensor | None
     iterations: Tensor | None
+    rows: Leaves | None = None
+    """The multipliers of the inequalities."""
 
 
-def checked_solution(what: str, plan: Plan, found: Any, batch: int, device: torch.device) -> Proposal:
+def checked_solution(what: str, plan: Declares, found: Any, batch: int, device: torch.device) -> Proposal:
     """The return value of `solve`: u, or a Solution.
 
     Args:
@@ -45,21 +54,13 @@ def checked_solution(what: str, plan: Plan, found: Any, batch: int, device: torc
     """
     solution = found if isinstance(found, Solution) else Solution(found)
     u = checked_leaves(what, plan, solution.u, batch, device)
-    lam: Leaves | None = None
-    if solution.equality_multipliers is not None:
-        if plan.trace.equality is None or plan.trace.equality_spec is None:
-            raise SolutionError(
-                f"{what} returned equality_multipliers, but the problem declares no equality: leave them out"
-            )
-        tree = flatten_like(
-            solution.equality_multipliers, plan.trace.equality_spec, f"equality_multipliers of {what}"
+    lam, mu = (
+        _multipliers(what, plan.trace, kind, given, batch, u[0])
+        for kind, given in (
+            ("equality", solution.equality_multipliers),
+            ("inequality", solution.inequality_multipliers),
         )
-        names = leaf_names(plan.trace.equality_spec, "equality_multipliers")
-        shapes = plan.trace.equality.output_shapes
-        lam = tuple(
-            _tensor(what, name, leaf, (batch, *shape), u[0].dtype, device)
-            for name, leaf, shape in zip(names, tree, shapes, strict=True)
-        )
+    )
     status = _per_sample(what, "status", solution.status, batch, device)
     if status is not None and not bool(((status >= 0) & (status < len(Status))).all()):
         raise SolutionError(f"{what}: status holds {status.tolist()}, expected values of implicitdiff.Status")
@@ -69,10 +70,28 @@ def checked_solution(what: str, plan: Plan, found: Any, batch: int, device: torc
         lam,
         None if status is None else status.to(torch.int8),
         None if iterations is None else iterations.to(torch.int64),
+        mu,
     )
 
 
-def checked_leaves(what: str, plan: Plan, tree: Any, batch: int | None, device: torch.device) -> Leaves:
+def _multipliers(what: str, trace: Trace, kind: str, given: Any, batch: int, like: Tensor) -> Leaves | None:
+    """The multipliers of one kind of constraints, None if none were returned."""
+    if given is None:
+        return None
+    function, spec = getattr(trace, kind), getattr(trace, f"{kind}_spec")
+    if function is None or spec is None:
+        raise SolutionError(
+            f"{what} returned {kind}_multipliers, but the problem declares no {kind}: leave them out"
+        )
+    tree = flatten_like(given, spec, f"{kind}_multipliers of {what}")
+    names = leaf_names(spec, f"{kind}_multipliers")
+    return tuple(
+        _tensor(what, name, leaf, (batch, *shape), like.dtype, like.device)
+        for name, leaf, shape in zip(names, tree, function.output_shapes, strict=True)
+    )
+
+
+def checked_leaves(what: str, plan: Declares, tree: Any, batch: int | None, device: torch.device) -> Leaves:
     """The leaves of u, (B, *shape), or (*shape) of one sample where `batch` is None.
 
     Raises:
@@ -119,7 +138,9 @@ def _per_sample(what: str, name: str, value: Any, batch: int, device: torch.devi
     return _tensor(what, name, value, (batch,), value.dtype, device)
 
 
-def check_start(plan: Plan, leaves: Sequence[Tensor], batch: int, device: torch.device, what: str) -> Leaves:
+def check_start(
+    plan: Declares, leaves: Sequence[Tensor], batch: int, device: torch.device, what: str
+) -> Leaves:
     """The leaves of a start as they are, if they fit the variables.
 
     Raises:
@@ -140,6 +161,7 @@ def joined(parts: Sequence[Proposal]) -> Proposal:
         return torch.cat(known) if len(known) == len(parts) else None
 
     multipliers = [part.multipliers for part in parts if part.multipliers is not None]
+    rows = [part.rows for part in parts if part.rows is not None]
     return Proposal(
         tuple(torch.cat(leaves) for leaves in zip(*(part.u for part in parts), strict=True)),
         tuple(torch.cat(leaves) for leaves in zip(*multipliers, strict=True))
@@ -147,4 +169,5 @@ def joined(parts: Sequence[Proposal]) -> Proposal:
         else None,
         join([part.status for part in parts]),
         join([part.iterations for part in parts]),
+        tuple(torch.cat(leaves) for leaves in zip(*rows, strict=True)) if len(rows) == len(parts) else None,
     )

@@ -9,6 +9,7 @@ import platform
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Findings:
         tables: The numbers.
         claims: The statements that they bear on.
         figures: (name, function that draws it): matplotlib is needed only there.
+        further: Writes more files into a folder, and returns them.
     """
 
     title: str
@@ -97,6 +99,7 @@ class Findings:
     tables: tuple[Table, ...]
     claims: tuple[Claim, ...] = ()
     figures: tuple[tuple[str, Callable[[], Any]], ...] = ()
+    further: Callable[[Path], list[Path]] | None = None
 
     def text(self, width: int = WIDTH) -> str:
         """Tables and claims, in lines of at most `width` characters."""

@@ -13,6 +13,7 @@ _KNOWN: dict[str, tuple[str, str]] = {
     "fig1": ("Fig. 1: time and memory of robust pooling", "implicitdiff.reproduce.fig1"),
     "fig3": ("Fig. 3: time and memory of optimal transport", "implicitdiff.reproduce.fig3"),
     "table1": ("Table 1: kappa_1 and kappa_2, derived from the penalties", "implicitdiff.reproduce.table1"),
+    "identity": ("identity with projection (Sahoo et al. 2023)", "implicitdiff.reproduce.identity"),
     "operations": ("operations without a rule, named with their line", "implicitdiff.reproduce.operations"),
 }
 _REGISTERED: dict[str, Experiment] = {}

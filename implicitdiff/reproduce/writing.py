@@ -29,6 +29,8 @@ def write(found: Findings, folder: Path) -> list[Path]:
 
         for name, draw in found.figures:
             paths += save(draw(), folder, name)
+    if found.further is not None:
+        paths += found.further(folder)
     paths.append(folder / "report.md")
     paths[-1].write_text(_markdown(found), encoding="utf-8")
     return paths

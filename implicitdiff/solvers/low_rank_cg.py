@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from implicitdiff.memory import over_limit
 from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal, select_samples
 from implicitdiff.operators.products import rows_times
 from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, from_rows, to_rows
@@ -24,15 +25,12 @@ from implicitdiff.solvers.iteration import (
 )
 from implicitdiff.solvers.woodbury import Woodbury
 
-DENSE_BYTES = 2**31
-"""Above this the matrix of one sample is not formed, also where the iteration fails."""
-
 
 def direct_solver(operator: LowRankPlusDiagonal) -> LinearSolver | None:
     """Return the direct solver for this kind, None where its matrix would be too large."""
     if operator.rank < operator.size:
         return Woodbury()
-    return Cholesky() if operator.size**2 * operator.dtype.itemsize <= DENSE_BYTES else None
+    return None if over_limit("H", operator.size, operator.dtype.itemsize) else Cholesky()
 
 
 class LowRankIteration(Factorization):

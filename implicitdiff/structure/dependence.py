@@ -75,6 +75,8 @@ def find(build: Builder, constraints: Sequence[Constraint]) -> Dependence | None
     if not vectors:
         return None
     stacked = torch.stack(vectors, dim=1)
+    if len(vectors) == 1:  # entries that are equal stay so, bit by bit: they are shown as one number
+        return Dependence(stacked / torch.linalg.vector_norm(stacked), tuple(sentences))
     basis, singular, _ = torch.linalg.svd(stacked, full_matrices=False)
     kept = singular > 1e-10 * singular.max()
     return Dependence(basis[:, kept], tuple(dict.fromkeys(sentences)))

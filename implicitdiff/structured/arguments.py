@@ -78,6 +78,14 @@ class Arguments:
             found[self.of_constraint(constraint_stem, k)] = (4, k)
         return found
 
+    def constraint_order(self, device: torch.device) -> Tensor:
+        """Where each entry of the joined outputs of `equality` stands among the rows of the constraint blocks, (p,)."""
+        space, numbers, start = self.declared.constraint_space, [], 0
+        for k in range(len(space.names)):
+            numbers.append(torch.arange(start, start + space.entries(k), device=device)[None])
+            start += space.entries(k)
+        return torch.cat([t.reshape(-1) for t in self.joined(numbers, 1)])
+
     def joined(self, blocks: Sequence[Tensor], lead: int) -> Leaves:
         """Constraint blocks (lead axes first) as the outputs of `equality`: reshaped, concatenations put together."""
         sizes = self.declared.build.labels.sizes

@@ -17,7 +17,7 @@ from implicitdiff.derivatives.lagrangian import Leaves, pullback
 from implicitdiff.errors import OptionError, StructureError
 from implicitdiff.graph.trace import Trace
 from implicitdiff.kkt import saddle
-from implicitdiff.kkt.route import DENSE_BYTES
+from implicitdiff.memory import over_limit
 from implicitdiff.operators import Autodiff, LinearOperator, MatrixFree, simplified
 from implicitdiff.status import Status
 from implicitdiff.structure.probe import direction
@@ -129,7 +129,7 @@ class HybridPlan(AutodiffPlan):
                 status = system.status.expand(batch)
                 leaves = flat.split(torch.cat([w, s], 2), shapes)
                 bad = (status != Status.OK) & (status != Status.INDEFINITE)
-            if not bool(bad.any()) or (self.size + self.constraints) ** 2 * a.element_size() > DENSE_BYTES:
+            if not bool(bad.any()) or over_limit("K", self.size + self.constraints, a.element_size()):
                 return leaves[:count], leaves[count:], status
             whole_w, whole_s, verdict = super(HybridPlan, self).kkt_factor(u, lam, theta).solve(rhs_u, rhs_h)
             mended = tuple(

@@ -6,7 +6,7 @@ way keeps its bits, whatever became of the others. Next file: `plan.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives.declared import Declared
-from implicitdiff.derivatives.factor import Leaves
+from implicitdiff.operators import LinearOperator
+from implicitdiff.solvers.divide import diagonal_entries
 from implicitdiff.status import Status
 from implicitdiff.structured.writer import Written
 
@@ -51,12 +52,38 @@ def merged_leaves(
     )
 
 
+def merged_columns(redo: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same for answers (R, B, *shape)."""
+    return merged_leaves(redo, new, old, 1)
+
+
 def merged_gradients(redo: Tensor, new: Gradients, old: Gradients, batched: Sequence[bool]) -> Gradients:
     """The same for gradients; that of a shared tensor is a sum over the batch, so that it comes from one way alone."""
     return tuple(
         merged_leaves(redo, [a], [b], 0)[0] if own and a is not None and b is not None else a
         for a, b, own in zip(new, old, batched, strict=True)
     )
+
+
+def absolved(status: Tensor, said: Tensor, hessian: Callable[[], LinearOperator], linear: bool) -> Tensor:
+    """The status (B,) without SINGULAR where S = A W A' is singular and W = H^-1 is diagonal and positive.
+
+    Then s'S s = 0 means A's = 0: the constraints depend on each other, w is the same for every solution s, and there is
+    one, because A W a lies in the range of S. So the answer of least norm is right; whether it is that of a kink
+    (NOT_REGULAR, to be settled) is out of question where A does not depend on u.
+
+    Args:
+        status: (B,) int8.
+        said: (B,) int8, what the way by S said.
+        hessian: gives H, whose diagonal may be infinite (an entry of u at the edge of its domain does not move).
+        linear: whether A does not depend on u.
+    """
+    suspects = (status == Status.SINGULAR) & (said == Status.SINGULAR)
+    entries = diagonal_entries(hessian()) if bool(suspects.any()) else None
+    if entries is None:
+        return status
+    better = int(Status.OK if linear else Status.NOT_REGULAR)
+    return status.masked_fill(suspects & (entries > 0).all(1), better)
 
 
 def unsolved(status: Tensor, declared: Declared) -> Tensor | None:
@@ -86,8 +113,3 @@ def verdicts(status: Any, batch: int, device: torch.device) -> Tensor:
     if isinstance(status, Tensor) and status.dtype == torch.int8:
         return status.expand(batch)
     return torch.zeros(batch, dtype=torch.int8, device=device)
-
-
-def off_zero(u: Leaves) -> Leaves:
-    """u with its zeros at the smallest normal number: such entries carry no gradient, and their logarithm is finite."""
-    return tuple(torch.where(t == 0.0, torch.finfo(t.dtype).tiny, t) for t in u)

@@ -14,10 +14,12 @@ import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import Output, call
-from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref
+from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
+from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
 from implicitdiff.kkt.route import Route
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
+from implicitdiff.memory import over_limit
 from implicitdiff.structure import banded
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
@@ -126,6 +128,13 @@ class Recipes:
         )
 
     @cached_property
+    def linear(self) -> bool:
+        """Whether A = D_u h does not depend on u."""
+        own = {leaf.node.id for leaf in self.declared.variables}
+        rows = [term.coefficient.node for c in self.declared.constraints for term in c.terms]
+        return not any(node.id in own for node in reachable(rows))
+
+    @cached_property
     def anchor(self) -> Anchor | None:
         """H + rho A'A, where H is banded and constraints of few neighbours keep it so (u[0] = a).
 
@@ -147,6 +156,12 @@ class Recipes:
         terms = [*declared.hessian_terms, *declared.anchor_terms(weight)]
         form = banded.form_of(build, declared.space, terms)
         return Anchor(form, weight) if form is not None and form.chain == self.form.chain else None
+
+    @cached_property
+    def whole_is_too_large(self) -> bool:
+        """Whether K as one matrix is above the memory limit: then nothing comes after the other ways."""
+        size = self.declared.space.size + self.declared.constraint_space.size
+        return bool(over_limit("K", size, self.dtype.itemsize))
 
     @cached_property
     def first(self) -> Way:
@@ -228,18 +243,22 @@ class Recipes:
         sign = -1.0 if on_h else 1.0
         b = [build.scale(sign, ref) if with_lam else build.number(0.0) for ref in on_h]
         w, s, status = kkt.solve([build.scale(sign, ref) for ref in on_u], b, BATCHED)
-        held_w = [
-            build.hold(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
+        # a number in front of w is left outside, where it may meet others or a smaller tensor
+        apart = [
+            self._without_number(ref.rename(dict(zip(rows[k], leaf.node.axes, strict=True))))
             for k, (ref, leaf) in enumerate(zip(w, declared.variables, strict=True))
         ]
+        bare_w = [build.hold(ref) for _, ref in apart]
+        held_w = [build.scale(number, ref) for (number, _), ref in zip(apart, bare_w, strict=True)]
         held_s = [build.hold(ref) for ref in s]
         gradients = declared.input_gradients(held_w, held_s)
         zeros = [] if with_lam else self._feasible_sums(held_w)
         outputs = self._gradient_outputs(gradients, wanted, -sign, zeros)
         flags = self._cancelled(kkt)
-        first = [*held_s, *held_w, *status, *(flag.ref for flag in flags)]
-        verdict = self._status(status, [*held_w, *held_s], BATCHED)
-        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {})
+        first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
+        verdict = self._status(status, [*bare_w, *held_s], BATCHED)
+        steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
+        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {}, steps)
 
     def _gradient_outputs(
         self, gradients: Mapping[int, Ref], wanted: Sequence[bool], sign: float, zeros: Sequence[Ref]
@@ -259,6 +278,32 @@ class Recipes:
             outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
         outputs.sort(key=lambda o: len(o.order))
         return outputs
+
+    def _without_number(self, ref: Ref) -> tuple[float, Ref]:
+        """(number, ref / number): the coefficient of a product and its factors."""
+        number, factors = self.build.split(ref)
+        return (number, self.build.mul(factors)) if factors and number != 0.0 else (1.0, ref)
+
+    def _steps(
+        self, outputs: Sequence[Output], w: Sequence[Ref], s: Sequence[Ref], numbers: Sequence[float]
+    ) -> list[tuple[Ref, Step]]:
+        """What the gradients are, w and s pulled back to the inputs; what w and s are where they are no gradients."""
+        constrained = bool(self.declared.constraints)
+        text = "w' d2L/du d{0} - s' dh/d{0}" if constrained else "-w' d2f/du d{0}"
+        shared = {leaf.name for leaf in self.declared.theta if not leaf.placeholder.batched}
+        steps = []
+        for o in outputs:
+            summed = ", summed over the batch" if o.name in shared else ""
+            equation = f"gradient of {o.name}: {text.format(o.name)}{summed}"
+            steps.append((o.ref, Step(f"grad_{o.name}", equation)))
+        solved = "H w = A's - v" if constrained else "H w = v"
+        for refs, stem, equation in ((w, "w", solved), (s, "s", "S s = A H^-1 v")):
+            for k, ref in enumerate(refs):
+                part = "" if len(refs) == 1 else ", a part"
+                if refs is w and numbers[k] != 1.0:
+                    part += f", w divided by {numbers[k]:g}"
+                steps.append((ref, Step(stem if len(refs) == 1 else f"{stem}{k}", equation + part)))
+        return steps
 
     def _signed(self, ref: Ref, sign: float) -> Ref:
         """+-ref; a sum takes the sign in its terms."""

@@ -87,7 +87,7 @@ def _entry(entry: Entry, rows: tuple[int, ...], columns: tuple[int, ...]) -> Ten
 def _axis(offset: int | None, rows: int, columns: int) -> Tensor:
     if offset is None:
         return torch.ones(rows, columns, dtype=torch.int64, device=HOST)
-    at = torch.arange(columns, device=HOST)[None] - torch.arange(rows, device="cpu")[:, None]
+    at = torch.arange(columns, device=HOST)[None] - torch.arange(rows, device=HOST)[:, None]
     return (at == offset).to(torch.int64)
 
 
@@ -157,7 +157,7 @@ def _block(
             if label in lengths and place is None:
                 lengths[label] = columns[axis]  # one axis for both sides: cut it once
     rows = [lengths[k] for k in constraint.labels]
-    cells = torch.zeros(*rows, *columns, dtype=torch.int64, device=HOST)
+    cells = torch.zeros((*rows, *columns), dtype=torch.int64, device=HOST)
     for term in terms:
         here = torch.full_like(cells, FULL)
         for axis, (label, place) in enumerate(zip(term.columns, term.places, strict=True)):

@@ -7,8 +7,6 @@ the structure wrong, the dense plan answers.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +17,6 @@ from implicitdiff.derivatives.autodiff import AutodiffPlan
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.factor import KKTFactor, Solution
 from implicitdiff.derivatives.stationarity import Stationarity
-from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.graph import rules
 from implicitdiff.graph.trace import Trace
 from implicitdiff.graph.translate import translate
@@ -29,14 +26,17 @@ from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.forms import Form
 from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
-from implicitdiff.structured import merge
+from implicitdiff.structured import edges, merge
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.factor import Given, StructuredFactor
+from implicitdiff.structured.module import module
 from implicitdiff.structured.outputs import Recipes, Way
-from implicitdiff.structured.probe import Probe
+from implicitdiff.structured.probe import Probe, warn_of_a_contradiction
 from implicitdiff.structured.report import report
 from implicitdiff.structured.run import Run
 from implicitdiff.structured.writer import Writer, Written
+
+Values = Callable[[], Mapping[str, Tensor]]
 
 assert rules.__all__  # importing the package is what registers the translation rules
 
@@ -55,7 +55,13 @@ class StructuredPlan:
     """What the emitted backward pass says that it computes."""
 
     def __init__(
-        self, trace: Trace, linear_solver: str, dense: AutodiffPlan, shown: Sequence[bool] = ()
+        self,
+        trace: Trace,
+        linear_solver: str,
+        dense: AutodiffPlan,
+        shown: Sequence[bool] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
         """Derives everything.
 
@@ -64,6 +70,7 @@ class StructuredPlan:
             linear_solver: the layer's option.
             dense: the plan to fall back on.
             shown: the theta whose gradients `analysis.code` computes; all that are floating where it is left out.
+            compiled: whether the emitted functions go through torch.compile.
 
         Raises:
             Unsupported: something is not covered; it names the operation, the user's line and the reason.
@@ -72,15 +79,15 @@ class StructuredPlan:
         dtype = next(p.dtype for p in trace.placeholders if p.dtype.is_floating_point)
         program = translate(trace)
         outputs = () if trace.equality is None else trace.equality.output_shapes
-        self.declared = Declared(program, [tuple(shape) for shape in outputs])
+        self.declared = Declared(program, [tuple(shape) for shape in outputs], trace.corner)
         declared = self.declared
         form, self.recipes = self._derived(linear_solver, dtype)
         self.arguments = self.recipes.arguments
         route = self.recipes.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
-        self.writer = Writer(self.arguments, program.constants, null)
+        self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         self.probe = Probe(self.recipes, self.writer, dense)
-        floating = [leaf.placeholder.dtype.is_floating_point for leaf in self.declared.theta]
+        floating = [leaf.placeholder.moves for leaf in self.declared.theta]
         every = self._vjp(self.recipes.first, tuple(floating), False)
         self.needs_multipliers = any(
             self.arguments.of_constraint("lam", k) in every.arguments for k in range(len(outputs))
@@ -88,7 +95,8 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        self.analysis: Analysis = self._reported(form, code.emitted.source)
+        source = module(code.emitted.source, self.writer.namespace)
+        self.analysis: Analysis = self._reported(form, source)
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
@@ -112,7 +120,7 @@ class StructuredPlan:
         function = self.writer.function("value", "value", "f", self.recipes.value)
         found: Tensor = function(self.arguments.point(u, (), theta))[0]
         if not bool(torch.isfinite(found).all()):
-            inside = function(self.arguments.point(merge.off_zero(u), (), theta))[0]
+            inside = function(self.arguments.point(edges.off_zero(u), (), theta))[0]
             found = torch.where(torch.isfinite(found), found, inside)  # the other samples keep their bits
         return found.expand(u[0].shape[0])
 
@@ -192,7 +200,9 @@ class StructuredPlan:
             verdict = merge.verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
             return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
 
-        answer, status = self._settled(attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1))
+        answer, status = self._settled(
+            attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1), lambda: point
+        )
         count = len(self.declared.variables)
         return answer[:count], answer[count:], status
 
@@ -228,19 +238,24 @@ class StructuredPlan:
         self,
         attempt: Callable[[Way], merge.Attempt[merge.A]],
         mend: Callable[[Tensor, merge.A, merge.A], merge.A],
+        values: Values,
     ) -> tuple[merge.A, Tensor]:
         """The answer and the status along the ways; each sample keeps that of the first way that served it."""
         tried = attempt(self.recipes.first)
         answer, status = tried.answer, tried.status
-        further = self._next(self.recipes.first, tried, status)
+        further = self._next(self.recipes.first, tried, status, values)
         while further is not None:
-            way, redo = further
+            way, redo, status = further
+            if way is None:
+                break
             tried = attempt(way)
             answer, status = mend(redo, tried.answer, answer), torch.where(redo, tried.status, status)
-            further = self._next(way, tried, status)
+            further = self._next(way, tried, status, values)
         return answer, status
 
-    def _next(self, way: Way, tried: merge.Attempt[merge.A], status: Tensor) -> tuple[Way, Tensor] | None:
+    def _next(
+        self, way: Way, tried: merge.Attempt[merge.A], status: Tensor, values: Values
+    ) -> tuple[Way | None, Tensor, Tensor] | None:
         """What to try after `way`, and for which samples (B,); the others keep what they have.
 
         Refinements where digits cancelled, K as one matrix where H or S is singular: a singular H with a regular K, and
@@ -251,14 +266,19 @@ class StructuredPlan:
         if len(found) > 1 and found[-2] == "cancelled":
             cancelled = merge.flagged(tried.out[-2], len(status), status)
             if cancelled is not None:
-                return "refined", cancelled
+                return "refined", cancelled, status
         whole = way == "full" or self.recipes.route.name == "full" or not self.declared.constraints
         if whole or not bool(status.any()):
             return None
+        if self.recipes.route.name == "range-space" and way != "full":
+            status = merge.absolved(
+                status, tried.status, lambda: self._hessian(values()), self.recipes.linear
+            )
         singular = merge.unsolved(status, self.declared)
-        if singular is None:
-            return None
-        return ("anchored" if way == "route" and self.recipes.anchor is not None else "full"), singular
+        if singular is None or self.recipes.whole_is_too_large:
+            return None, status, status
+        anchored = way == "route" and self.recipes.anchor is not None
+        return ("anchored" if anchored else "full"), singular, status
 
     # ---------------------------------------------------------------- the backward pass
 
@@ -285,12 +305,12 @@ class StructuredPlan:
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             run = self._run(way, tuple(needs), v_lam is not None)
             out = run.call(given)
-            if run.function.fragile and self._lost(run.function, out, u):
-                out = run.call((merge.off_zero(u), *given[1:]))
+            if run.function.fragile and edges.lost(run.function, out, u):
+                out = run.call((edges.off_zero(u), *given[1:]))
             verdict = merge.verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
-        return self._settled(attempt, self._merged)
+        return self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
 
     def _pulled(
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
@@ -304,11 +324,11 @@ class StructuredPlan:
             nonlocal moved
             function, places = self._placed(way, needs, with_lam, given=True)
             out = function({**values, **factor.given(way)})
-            moved = moved or bool(function.fragile and self._lost(function, out, u))
+            moved = moved or bool(function.fragile and edges.lost(function, out, u))
             verdict = merge.verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(Run(function, (), places).gradients(out, theta), verdict, function, out)
 
-        found = self._settled(attempt, self._merged)
+        found = self._settled(attempt, self._merged, lambda: values)
         return None if moved else found
 
     def _merged(self, redo: Tensor, new: merge.Gradients, old: merge.Gradients) -> merge.Gradients:
@@ -349,18 +369,6 @@ class StructuredPlan:
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 
-    def _lost(self, function: Written, out: Sequence[Any], u: Leaves) -> bool:
-        """Whether a small gradient is not finite: u log u at an entry of u that underflowed to 0, most likely.
-
-        The large gradients are not read again: they have the pattern of w, which is 0 there.
-        """
-        for name, value in zip(function.emitted.results, out, strict=True):
-            small = name in function.fragile and value.is_floating_point() and value.numel() < u[0].numel()
-            # a sum that overflows costs a second run, nothing else
-            if small and not math.isfinite(float(value.sum())):
-                return True
-        return False
-
     # ---------------------------------------------------------------- the probe
 
     def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
@@ -368,20 +376,18 @@ class StructuredPlan:
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self.probe(u, lam, theta))
             if self._contradiction:
-                warnings.warn(
-                    f"the structure found ({self.analysis.hessian.kind}) contradicts a product by automatic "
-                    "differentiation; the dense path is taken instead. Please report this as a bug, with the problem.",
-                    StructureMismatchWarning,
-                    stacklevel=2,
-                )
+                warn_of_a_contradiction(self.analysis.hessian.kind)
         return bool(self._contradiction)
 
     # ---------------------------------------------------------------- the matrices
 
     def hessian(self, u: Leaves, lam: Leaves, theta: Leaves) -> LinearOperator:
         """H = D_uu L, of the kind that was proved."""
+        return self._hessian(self.arguments.point(u, lam, theta))
+
+    def _hessian(self, values: Mapping[str, Tensor]) -> LinearOperator:
         function = self.writer.function("hessian", "hessian", "H = D_uu L", self.recipes.hessian)
-        found = function(self.arguments.point(u, lam, theta))[0]
+        found = function(values)[0]
         assert isinstance(found, LinearOperator)
         return found
 
@@ -392,9 +398,4 @@ class StructuredPlan:
             return u[0].new_zeros((batch, 0, self.declared.space.size))
         function = self.writer.function("jacobian", "constraint_jacobian", "A = D_u h", self.recipes.jacobian)
         rows: Tensor = function(self.arguments.point(u, (), theta))[0].expand(batch, -1, -1)
-        space, numbers, start = self.declared.constraint_space, [], 0
-        for k in range(len(space.names)):
-            numbers.append(torch.arange(start, start + space.entries(k), device=rows.device)[None])
-            start += space.entries(k)
-        order = torch.cat([t.reshape(-1) for t in self.arguments.joined(numbers, 1)])
-        return rows[:, order]
+        return rows[:, self.arguments.constraint_order(rows.device)]

@@ -5,13 +5,25 @@ In: the recipes of a plan and its dense twin. Out: `Probe`, asked once for each 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from implicitdiff.derivatives.autodiff import AutodiffPlan
+from implicitdiff.errors import StructureMismatchWarning
 from implicitdiff.structure.probe import direction
 from implicitdiff.structured.arguments import Leaves
 from implicitdiff.structured.outputs import Recipes
 from implicitdiff.structured.writer import Writer
+
+
+def warn_of_a_contradiction(kind: str) -> None:
+    """What is said where the two products differ."""
+    warnings.warn(
+        f"the structure found ({kind}) contradicts a product by automatic differentiation; the dense path is taken "
+        "instead. Please report this as a bug, with the problem.",
+        StructureMismatchWarning,
+        stacklevel=3,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ In: a `Trace` whose `equality` is the residual. Out: `SquarePlan`, a `Structured
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from implicitdiff.structured.arguments import Arguments, Leaves
 from implicitdiff.structured.describe import jacobian_derivation
 from implicitdiff.structured.factor import StructuredFactor
 from implicitdiff.structured.outputs import Recipes, Way
-from implicitdiff.structured.plan import StructuredPlan
+from implicitdiff.structured.plan import StructuredPlan, Values
 from implicitdiff.structured.writer import Recipe, Written
 
 FORWARD: Way = "route"
@@ -216,8 +217,11 @@ class SquarePlan(StructuredPlan):
             ("side", way, given), "solve", document, lambda: self.recipes.one_side(way, given=given)
         )
 
-    def _next(self, way: Way, tried: merge.Attempt[merge.A], status: Tensor) -> tuple[Way, Tensor] | None:
+    def _next(
+        self, way: Way, tried: merge.Attempt[merge.A], status: Tensor, values: Values
+    ) -> tuple[Way | None, Tensor, Tensor] | None:
         return None
 
-    def _lost(self, function: Written, out: Sequence[Any], u: Leaves) -> bool:
-        return False
+    def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool, given: bool = False) -> Written:
+        # A residual has no edge of a domain to move u off: see `EquationsLagrangian.inside`.
+        return replace(super()._vjp(way, wanted, with_lam, given), fragile=frozenset())

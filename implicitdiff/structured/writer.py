@@ -5,8 +5,9 @@ In: outputs as refs. Out: results. A function lists only the arguments that it u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,22 @@ from implicitdiff import operators, solvers
 from implicitdiff.graph.calls import Emitted, Output
 from implicitdiff.graph.emit import Emitter
 from implicitdiff.graph.ir import Node, Ref, reachable
+from implicitdiff.graph.purpose import Step
 from implicitdiff.graph.record import LOCK
 from implicitdiff.kkt import saddle
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.structured.arguments import Arguments
+from implicitdiff.structured.compiled import Compiled
+from implicitdiff.structured.steps import steps_of
 
 FAILING = frozenset("log log1p exp expm1".split())
 """Functions that are not finite at some finite argument, or whose products with 0 are not."""
+
+YIELDING = re.compile(r"(?:lam|v|v_lam|rhs_u|rhs_h)\d*|w|s|status|cancelled|kkt|factor|schur|shift")
+"""Names of the emitted code that get an underscore where the user has an argument of that name."""
+
+COMPILED = frozenset(("backward", "stationarity", "value", "kkt_solve"))
+"""The functions that run at every call, or every step of a solver: compiling what runs once is no gain."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,22 @@ class Recipe:
     outputs: list[Output]
     first: list[Ref]
     given: dict[str, Ref] = field(default_factory=dict)
+    steps: list[tuple[Ref, Step]] = field(default_factory=list)
+    """What values are in the derivation, beside what the calls of solvers say."""
 
 
 class Writer:
     """The functions of one problem by key. Writing is done under a lock: the builder is shared."""
 
     def __init__(
-        self, arguments: Arguments, constants: dict[str, Tensor], null_vectors: tuple[Tensor, ...]
+        self,
+        arguments: Arguments,
+        constants: dict[str, Tensor],
+        null_vectors: tuple[Tensor, ...],
+        *,
+        compiled: bool = False,
     ) -> None:
-        self.arguments = arguments
+        self.arguments, self.compiled = arguments, compiled
         self.namespace: dict[str, Any] = {
             "torch": torch,
             "operators": operators,
@@ -95,9 +112,12 @@ class Writer:
         ]
         names = (*names, *given)
         emitter = Emitter(declared.build, like)
+        steps, shown = steps_of(nodes, recipe.steps), self._shown(names)
         emitted = emitter.function(
-            name, names, recipe.outputs, self.namespace, preamble, document, recipe.first, given
+            name, names, recipe.outputs, self.namespace, preamble, document, recipe.first, given, steps, shown
         )
+        if self.compiled and name in COMPILED:
+            emitted = replace(emitted, call=Compiled(emitted, self.namespace))
         fragile = (o.name for o in recipe.outputs if any(map(_may_fail, reachable([o.ref.node]))))
         return Written(emitted, names, frozenset(fragile))
 
@@ -106,7 +126,18 @@ class Writer:
         if self.arguments.shape(name) == tuple(sizes):
             return []
         parts = ([f"*{name}.shape[:{prefix}]"] if prefix else []) + [str(size) for size in sizes]
-        return [f"{name} = {name}.reshape(({', '.join(parts)}{',' if len(parts) == 1 else ''}))"]
+        return [
+            f"{name} = {name}.reshape(({', '.join(parts)}{',' if len(parts) == 1 else ''}))  # by its axes"
+        ]
+
+    def _shown(self, names: Sequence[str]) -> dict[str, str]:
+        """Arguments under another name than the user's, because emitted code uses that name itself: w_in for w."""
+        declared = self.arguments.declared
+        own = {
+            leaf.name: leaf.placeholder.name.removeprefix("self.")
+            for leaf in (*declared.variables, *declared.theta)
+        }
+        return {n: own[n] for n in names if n in own and n == f"{own[n]}_in" and YIELDING.fullmatch(own[n])}
 
     def _cast(self, name: str, like: str) -> list[str]:
         """A Parameter or buffer may be of another floating dtype than the variables (float32 beside float64)."""
@@ -118,7 +149,7 @@ class Writer:
                 and leaf.placeholder.dtype.is_floating_point
                 and leaf.placeholder.dtype != own
             ):
-                return [f"{name} = {name}.to({like}.dtype)"]
+                return [f"{name} = {name}.to({like}.dtype)  # as the variables"]
         return []
 
 

@@ -54,8 +54,8 @@ def reproduce(
     """Reproduce figures and tables of the paper here.
 
     \b
-    NAME: fig1, fig3, table1, operations (implicitdiff list experiments). Each
-    takes at most a few minutes and writes CSV, SVG, PDF and PNG.
+    NAME: fig1, fig3, table1, operations, identity. Each writes CSV, SVG, PDF and
+    PNG, and takes at most a few minutes; identity takes fifteen.
     """
     settings = Settings(quick, rounds or (2 if quick else 7), cpu_clock)
     results = {}

@@ -22,7 +22,9 @@ class Identity(Estimator):
 
     One solver call a sample and step. Forward: y(w) on the raw costs, so that the domain of the solver survives; in
     training with a margin y(P(w) + xi), whose scale is then relative to P. Where signs matter (grid paths, cuts) the
-    linear part of P is left out of the forward, and the noise is multiplicative: y(w * (1 + xi)).
+    linear part of P is left out of the forward, and the noise is multiplicative: y(w * (1 + xi)). That has no scale of
+    its own, so that it asks for a margin but does not keep costs from shrinking: leave the projection in, or add noise
+    with multiplicative=False and the layer's domain="clamp".
 
     Attributes:
         projection: "none", "mean", "norm", "std", "affine", "auto" (all declared equalities, then unit norm), a

@@ -71,9 +71,9 @@ class GridShortestPath(NumpySolver):
         flat = costs.reshape(len(costs), -1)
         weights = flat.take(arcs.head if self.by_cell else arcs.order, axis=1)
         y = np.zeros(flat.shape)
-        for first, found in predecessors(arcs, weights, self.source, self.name):
-            for samples, before, node in walk(found, self.source, self.target, self.name):
-                y[first + samples, node if self.by_cell else arcs.between(before, node)] = 1
+        found = predecessors(arcs, weights, self.source, self.name)
+        for samples, before, node in walk(found, self.source, self.target, self.name):
+            y[samples, node if self.by_cell else arcs.between(before, node)] = 1
         if self.by_cell:
             y[:, self.source] = 1
         return y.reshape(costs.shape)

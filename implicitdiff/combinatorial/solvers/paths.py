@@ -6,7 +6,7 @@ In: arc weights (B, A). Out: paths, as steps backwards from the target. ``shorte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -14,8 +14,10 @@ from scipy.sparse.csgraph import dijkstra
 
 from implicitdiff.errors import InputError, SolverError
 
-# Nodes of the graphs that are searched together, to bound memory; the calls saved weigh more than cache misses.
-NODES_TOGETHER = 40000
+# Nodes of the graphs that are searched together: enough that a call weighs nothing, few enough that they stay in cache.
+NODES_TOGETHER = 8000
+
+UNIONS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Arcs:
         order: (A,): the arc, in the caller's numbering, at each place.
         tail, head: (A,) in sorted order, heads sorted within a tail.
         start: (N + 1,) where each tail's arcs begin.
+        unions: what `union` made, by the number of copies.
     """
 
     nodes: int
@@ -34,6 +37,7 @@ class Arcs:
     tail: np.ndarray
     head: np.ndarray
     start: np.ndarray
+    unions: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, nodes: int, tail: np.ndarray, head: np.ndarray) -> Arcs:
@@ -44,7 +48,16 @@ class Arcs:
         return cls(nodes, order, tail[order], head[order], start)
 
     def union(self, copies: int) -> tuple[np.ndarray, np.ndarray]:
-        """(indices, indptr) of a block-diagonal graph of copies."""
+        """(indices, indptr) of a block-diagonal graph of copies; a few are kept, since the sizes of batches repeat."""
+        found = self.unions.get(copies)
+        if found is None:
+            found = self._union(copies)
+            if len(self.unions) >= UNIONS:
+                self.unions.clear()
+            self.unions[copies] = found
+        return found
+
+    def _union(self, copies: int) -> tuple[np.ndarray, np.ndarray]:
         offsets = np.arange(copies, dtype=np.int32)[:, None]
         indices = (self.head.astype(np.int32)[None] + offsets * self.nodes).ravel()
         starts = self.start[:-1][None] + offsets * len(self.head)
@@ -56,8 +69,8 @@ class Arcs:
         return self.order[np.searchsorted(keys, tail * self.nodes + head)]
 
 
-def predecessors(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(first sample, predecessors (b, N)) for chunks of samples; weights (B, A) are in sorted order.
+def predecessors(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> np.ndarray:
+    """The node before each node on its shortest path, (B, N), negative where there is none; weights (B, A) are sorted.
 
     Dijkstra's method runs on the disjoint union of a chunk, which is one call of compiled code for all of it; explicit
     zeros stay arcs of cost zero. Negative weights are made nonnegative first, by distances as node potentials.
@@ -68,17 +81,18 @@ def predecessors(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> Ite
     if weights.min() < 0:
         weights = _reduced(arcs, weights, source, name)
     together = max(1, NODES_TOGETHER // arcs.nodes)
-    shared: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    before = np.empty((len(weights), arcs.nodes), dtype=np.int32)
     for first in range(0, len(weights), together):
         chunk = weights[first : first + together]
         copies = len(chunk)
-        if copies not in shared:
-            shared[copies] = arcs.union(copies)
         nodes = copies * arcs.nodes
-        graph = csr_matrix((chunk.ravel(), *shared[copies]), shape=(nodes, nodes))
+        graph = csr_matrix((chunk.ravel(), *arcs.union(copies)), shape=(nodes, nodes))
         offsets = arcs.nodes * np.arange(copies)
         _, found, _ = dijkstra(graph, indices=offsets + source, min_only=True, return_predecessors=True)
-        yield first, found.reshape(copies, arcs.nodes) - offsets[:, None]
+        np.subtract(
+            found.reshape(copies, -1), offsets[:, None], out=before[first : first + copies], casting="unsafe"
+        )
+    return before
 
 
 def _reduced(arcs: Arcs, weights: np.ndarray, source: int, name: str) -> np.ndarray:
@@ -117,17 +131,19 @@ def walk(found: np.ndarray, source: int, target: int, name: str) -> Iterator[tup
     Raises:
         SolverError: the predecessors of a sample do not lead to the source.
     """
+    missed = found[:, target] < 0
+    if missed.any():
+        raise SolverError(f"{name}: the target is not reached in sample {missed.nonzero()[0][0]}")
     samples = np.arange(len(found))
     node = np.full(len(found), target)
     for _ in range(found.shape[1]):
         going = node != source
-        if not going.all():
-            samples, node = samples[going], node[going]
-        if len(samples) == 0:
+        left = np.count_nonzero(going)
+        if left == 0:
             return
+        if left < len(node):
+            samples, node = samples[going], node[going]
         before = found[samples, node]
-        if (before < 0).any():
-            raise SolverError(f"{name}: the target is not reached in sample {samples[before < 0][0]}")
         yield samples, before, node
         node = before
     raise SolverError(f"{name}: the predecessors of sample {samples[0]} run in a circle")

@@ -58,9 +58,9 @@ class ShortestPath(NumpySolver):
         """All samples of a batch in a few searches."""
         y = np.zeros(costs.shape)
         weights = costs.take(self._arcs.order % self.graph.size, axis=1)
-        for first, found in predecessors(self._arcs, weights, self.source, self.name):
-            for samples, before, node in walk(found, self.source, self.target, self.name):
-                y[first + samples, self._arcs.between(before, node) % self.graph.size] = 1
+        found = predecessors(self._arcs, weights, self.source, self.name)
+        for samples, before, node in walk(found, self.source, self.target, self.name):
+            y[samples, self._arcs.between(before, node) % self.graph.size] = 1
         return y
 
     def equalities(self, shape: Shape) -> np.ndarray | None:

@@ -6,6 +6,7 @@ In: a `Method` and a solver. Out: a module from costs to solutions that counts s
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from typing import cast
@@ -117,7 +118,8 @@ class Applied(nn.Module):
 
     def __init__(self, method: Method, solver: Solver, seed: int) -> None:
         super().__init__()
-        self.method = method
+        # Estimators can have a state of their own, which must not pass from one run to the next.
+        self.method = method = replace(method, estimator=copy.deepcopy(method.estimator))
         self.solver = Timed(solver)
         generator = torch.Generator().manual_seed(1000 + seed)
         self.generator = generator

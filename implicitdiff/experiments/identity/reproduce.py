@@ -1,7 +1,8 @@
 """The identity experiments, from names to files: train, write the numbers, make the page and the figures.
 
 In: names of families, seeds, a folder. Out: the files written. `python -m implicitdiff.experiments.identity` calls it.
-Next file to read: ``family.py``.
+Next file to read: ``family.py``; `implicitdiff reproduce identity` is
+``implicitdiff/reproduce/identity.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from implicitdiff.experiments.identity.families import (
     terrain,
 )
 from implicitdiff.experiments.identity.family import Family, run_family
-from implicitdiff.experiments.identity.figures import draw_collapse
+from implicitdiff.experiments.identity.figures import save_collapse
 from implicitdiff.experiments.identity.report import page
 from implicitdiff.experiments.identity.results import Run, Summary
 from implicitdiff.experiments.identity.store import read_runs, write_runs
@@ -80,7 +81,7 @@ def write_page(folder: Path, command: str) -> list[Path]:
     ]
     path = folder / "results.md"
     path.write_text(page(found, command), encoding="utf-8")
-    figures = [draw_collapse(family, summary, folder) for family, summary in found if summary is not None]
+    figures = [save_collapse(family, summary, folder) for family, summary in found if summary is not None]
     return [path, *(figure for drawn in figures for figure in drawn)]
 
 

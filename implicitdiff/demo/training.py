@@ -6,11 +6,12 @@ Point sets from digits.py come in, a test accuracy goes out. Next: main.py, whic
 from collections.abc import Callable
 
 import torch
-from digits import PointSets
 from torch import Tensor, nn
 
 import implicitdiff as idf
+from implicitdiff.demo.digits import PointSets
 from implicitdiff.problems import RobustPooling
+from implicitdiff.torch_private import HOST
 
 HIDDEN = 32
 CLASSES = 10
@@ -34,7 +35,7 @@ class WelschPooling(nn.Module):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
+        self.log_alpha = nn.Parameter(torch.tensor(alpha, device=HOST).log())
         self.layer = idf.DeclarativeLayer(RobustPooling("welsch", alpha=None), in_dims=(0, None))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def train(
     optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
     for _ in range(epochs):
-        for batch in torch.randperm(len(training.labels)).split(BATCH):
+        for batch in torch.randperm(len(training.labels), device=HOST).split(BATCH):
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(training.points[batch]), training.labels[batch]).backward()
             optimiser.step()
