@@ -52,7 +52,6 @@ class StructuredPlan:
     """
 
     document: ClassVar[str] = "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)"
-    """What the emitted backward pass says that it computes."""
 
     def __init__(
         self,
