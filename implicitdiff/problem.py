@@ -162,8 +162,8 @@ class Problem(torch.nn.Module):
             u)))`` has structure for some terms and automatic differentiation for the rest. It is traced like the
             objective.
 
-        Not used with inequalities or bounds, whose active sets change the system. Elsewhere it takes the place of the derivation from the graph, which needs no help for operations
-        that it knows. It is held against a Hessian-vector product at every solve: a contradiction raises
+        Not used with inequalities or bounds, whose active sets change the system. Elsewhere it takes the place of the
+        derivation from the graph, which needs no help for operations that it knows. It is held against a Hessian-vector product at every solve: a contradiction raises
         StructureError.
         """
         raise undeclared(self, "hessian")
