@@ -55,6 +55,11 @@ def validate_policy(on_failure: str) -> OnFailure:
     raise OptionError(f"on_failure={on_failure!r} is not known; choose one of {', '.join(ON_FAILURE)}")
 
 
+def any_failed(status: Tensor) -> bool:
+    """Whether some sample has no usable solution; one look where all are OK."""
+    return bool(status.any()) and bool(failed(status).any())
+
+
 def failed(status: Tensor) -> Tensor:
     """Which samples have no usable solution (B,) bool; OK, WEAKLY_ACTIVE and DAMPED have one."""
     good = torch.zeros_like(status, dtype=torch.bool)
@@ -83,6 +88,8 @@ def enforce(found: Check, on_failure: OnFailure, source: str, hint: str = "", st
             optimizer.
         InfeasibleError: INFEASIBLE. SingularError: SINGULAR, which only a solve says. NotOptimalError: else.
     """
+    if found.all_ok:
+        return found.status
     bad = failed(found.status)
     if not bool(bad.any()):
         return found.status
@@ -135,7 +142,7 @@ def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
     worst = int(torch.where(mask, residuals.relative, -1).argmax())
     by_constraint = bool(residuals.violation[worst] >= residuals.relative[worst])
     if kind == Status.INFEASIBLE or (by_constraint and bool(residuals.constraint[worst] > 0)):
-        leaf = int(residuals.leaf[worst])
+        leaf = 0 if residuals.leaf is None else int(residuals.leaf[worst])
         where = found.names[leaf] if found.names else f"constraint leaf {leaf}"
         name = f"|residual| of output {leaf}" if found.square else f"|h| of {where}"
         size, scale = residuals.constraint[worst], residuals.constraint_scale[worst]

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import math
 import numbers
 import types
 from collections.abc import Hashable, Sequence
@@ -62,7 +63,7 @@ class Bound:
     problem_signature: Hashable
     checked: bool
 
-    @property
+    @functools.cached_property
     def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shape of one sample of each leaf; of a graph with sizes left open, as numbers that it then assumes."""
         return tuple(
@@ -70,7 +71,7 @@ class Bound:
             for x, b in zip(self.leaves, self.batched, strict=True)
         )
 
-    @property
+    @functools.cached_property
     def signature(self) -> Hashable:
         """The key of all that a trace depends on: neither the batch size nor the values of tensors."""
         dtypes = tuple(leaf.dtype for leaf in self.leaves)
@@ -189,8 +190,7 @@ def check_finite(names: Sequence[str], leaves: Sequence[torch.Tensor], batched: 
         batched: Which of them carry the batch axis.
 
     Raises:
-        InputError: Naming the first such input and its samples. Cost otherwise: one sum per leaf, one look at
-            the host.
+        InputError: Naming the first such input and its samples. Cost otherwise: one sum per leaf, one number read.
     """
     readable = [
         (name, leaf.detach(), flag)
@@ -199,7 +199,8 @@ def check_finite(names: Sequence[str], leaves: Sequence[torch.Tensor], batched: 
     ]
     # A sum is not finite as soon as one term is not, and it writes no mask of the size of the input. It may
     # overflow on finite data, so that a sum that is not finite only leads to the thorough look.
-    if not readable or bool(torch.stack([leaf.sum() for _, leaf, _ in readable]).isfinite().all()):
+    sums = [leaf.sum() for _, leaf, _ in readable]
+    if not sums or math.isfinite(float(sums[0] if len(sums) == 1 else torch.stack(sums).sum())):
         return
     for name, leaf, flag in readable:
         bad = ~leaf.isfinite()

@@ -4,6 +4,7 @@ A plan, a point and multipliers come in; a `Check` (residuals and a Status per s
 failures.py, which turns it into an error, a warning or a mask, as `on_failure` says.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,14 +31,16 @@ class Residuals:
         gradient_scale: The largest of the terms that cancel in it.
         constraint: |h|_inf; 0 without constraints.
         constraint_scale: The largest of the terms that cancel in it.
-        leaf: Index of the constraint leaf where |h| is largest (int64).
+        leaf: Index of the constraint leaf where |h| is largest (int64); None where there is only one.
+        ratio: What `relative` is, where it has been computed already.
     """
 
     gradient: Tensor
     gradient_scale: Tensor
     constraint: Tensor
     constraint_scale: Tensor
-    leaf: Tensor
+    leaf: Tensor | None
+    ratio: Tensor | None = None
 
     @property
     def violation(self) -> Tensor:
@@ -52,7 +55,7 @@ class Residuals:
     @property
     def relative(self) -> Tensor:
         """The larger of the two relative residuals (B,): optimal means <= tol."""
-        return torch.maximum(self.stationarity, self.violation)
+        return torch.maximum(self.stationarity, self.violation) if self.ratio is None else self.ratio
 
     def pick(self, mask: Tensor, other: "Residuals") -> "Residuals":
         """These residuals where the mask (B,) is true, `other` elsewhere."""
@@ -61,7 +64,7 @@ class Residuals:
             torch.where(mask, self.gradient_scale, other.gradient_scale),
             torch.where(mask, self.constraint, other.constraint),
             torch.where(mask, self.constraint_scale, other.constraint_scale),
-            torch.where(mask, self.leaf, other.leaf),
+            None if self.leaf is None or other.leaf is None else torch.where(mask, self.leaf, other.leaf),
         )
 
 
@@ -75,6 +78,7 @@ class Check:
         tol: what they were held to.
         names: of the constraint leaves; () where all are met.
         clash: which constraints contradict each other in the first infeasible sample; "" where none does.
+        all_ok: that every status is OK; where it is False, they have to be read.
     """
 
     residuals: Residuals
@@ -82,6 +86,7 @@ class Check:
     tol: float
     names: tuple[str, ...] = ()
     clash: str = ""
+    all_ok: bool = False
     square: bool = False
     """Whether h is the residual of a system of equations."""
 
@@ -94,8 +99,11 @@ def _relative(size: Tensor, scale: Tensor) -> Tensor:
 
 
 def _largest(leaf: Tensor) -> Tensor:
-    flat = leaf.abs().flatten(1) if leaf.dim() > 1 else leaf.abs()[:, None]
-    return flat.amax(1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
+    if leaf.dim() == 1:
+        return leaf.abs()
+    if not leaf.numel():
+        return leaf.new_zeros(leaf.shape[0])
+    return leaf.abs().amax(tuple(range(1, leaf.dim())))
 
 
 def tolerance(dtype: torch.dtype, override: float | None = None) -> float:
@@ -131,7 +139,7 @@ def residuals_at(stationarity: Stationarity, variables: Sequence[Tensor]) -> Res
         stationarity.gradient_scale,
         constraint.amax(0),
         stationarity.constraint_scale if stationarity.constraint else zero,
-        constraint.argmax(0),
+        constraint.argmax(0) if len(constraint) > 1 else None,
     )
 
 
@@ -140,7 +148,11 @@ def _stack_largest(leaves: Sequence[Tensor], zero: Tensor) -> Tensor:
 
 
 def measure(
-    plan: Plan, variables: Sequence[Tensor], multipliers: Sequence[Tensor], theta: Sequence[Tensor]
+    plan: Plan,
+    variables: Sequence[Tensor],
+    multipliers: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    found: Stationarity | None = None,
 ) -> Residuals:
     """The residuals of a finished solution.
 
@@ -153,11 +165,13 @@ def measure(
         variables: Leaves (B, *shape).
         multipliers: Leaves (B, *shape), () without constraints.
         theta: Inputs and tensors, as the plan takes them.
+        found: What `plan.stationarity` gave at this point, if it was asked already.
 
     Returns:
         Residuals. Cost: one pass of `plan.stationarity`, two if entries underflowed.
     """
-    found = plan.stationarity(tuple(variables), tuple(multipliers), tuple(theta))
+    if found is None:
+        found = plan.stationarity(tuple(variables), tuple(multipliers), tuple(theta))
     plain = residuals_at(found, variables)
     lost = [(u == 0) & ~torch.isfinite(g) for u, g in zip(variables, found.gradient, strict=True)]
     if not any(bool(mask.any()) for mask in lost):
@@ -182,6 +196,7 @@ def check(
     multipliers: Sequence[Tensor],
     theta: Sequence[Tensor],
     tol: float,
+    found: Stationarity | None = None,
 ) -> Check:
     """Hold a solution to the rule |D_u L|_inf <= tol * (largest term that cancels in it), |h|_inf likewise.
 
@@ -191,12 +206,18 @@ def check(
         multipliers: Leaves (B, *shape), () without constraints.
         theta: Inputs and tensors, as the plan takes them.
         tol: The relative tolerance, see `tolerance`.
+        found: What `plan.stationarity` gave at this point, if it was asked already.
 
     Returns:
         Check with OK, NOT_OPTIMAL, INFEASIBLE (the violation cannot be removed to first order: contradicting
         constraints) or NONFINITE for each sample. A is formed only if some sample violates its constraints.
     """
-    residuals = measure(plan, variables, multipliers, theta)
+    if found is None:
+        found = plan.stationarity(tuple(variables), tuple(multipliers), tuple(theta))
+    settled = settle(found, variables, multipliers, tol)
+    if settled is not None:
+        return settled
+    residuals = measure(plan, variables, multipliers, theta, found)
     if not plan.trace.square and not bool((residuals.relative <= tol).all()):
         residuals = _with_linear_part(plan, residuals, variables, multipliers, theta, tol)
     status = torch.full_like(residuals.gradient, Status.NOT_OPTIMAL, dtype=torch.int8)
@@ -238,6 +259,47 @@ def clashing(plan: Plan, names: Sequence[str], rows: Tensor) -> str:
             found += [f"{name}[{', '.join(map(str, place))}]" for place in places]
     more = f" and {len(found) - _CLASHES_NAMED} more" if len(found) > _CLASHES_NAMED else ""
     return ", ".join(found[:_CLASHES_NAMED]) + more
+
+
+def settle(
+    found: Stationarity, variables: Sequence[Tensor], multipliers: Sequence[Tensor], tol: float
+) -> Check | None:
+    """The verdict where every sample is optimal at the first look: all OK. None where one has to look again.
+
+    One maximum over the batch is read for each question; a NaN or an infinity anywhere makes its answer no. So does
+    0 / 0, a residual and a scale that are both 0.
+
+    Args:
+        found: What `plan.stationarity` returned.
+        variables: Leaves (B, *shape).
+        multipliers: Leaves (B, *shape).
+        tol: The relative tolerance.
+    """
+    gradient, scale = _over_leaves(found.gradient), found.gradient_scale
+    ratio, scales, constraint, leaf = gradient / scale, scale, None, None
+    if found.constraint:
+        sizes = [_largest(h) for h in found.constraint]
+        constraint = sizes[0]
+        if len(sizes) > 1:
+            constraint, leaf = torch.stack(sizes).max(0)
+        ratio = torch.maximum(ratio, constraint / found.constraint_scale)
+        scales = torch.maximum(scales, found.constraint_scale)
+    sums = (leaf.sum() for leaf in (*variables, *multipliers))
+    largest, bound, *totals = torch.stack([ratio.amax(), scales.amax(), *sums]).tolist()
+    if not (largest <= tol and bound < math.inf and all(map(math.isfinite, totals))):
+        return None
+    status = torch.zeros_like(ratio, dtype=torch.int8)
+    if constraint is None:
+        constraint = torch.zeros_like(ratio)
+    within = found.constraint_scale if found.constraint else constraint
+    return Check(Residuals(gradient, scale, constraint, within, leaf, ratio), status, tol, all_ok=True)
+
+
+def _over_leaves(leaves: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of each sample, (B,)."""
+    if len(leaves) == 1:
+        return _largest(leaves[0])
+    return torch.stack([_largest(leaf) for leaf in leaves]).amax(0)
 
 
 def _with_linear_part(

@@ -163,8 +163,8 @@ class Problem(torch.nn.Module):
             objective.
 
         Not used with inequalities or bounds, whose active sets change the system. Elsewhere it takes the place of the
-        derivation from the graph, which needs no help for operations that it knows. It is held against a Hessian-vector product at every solve: a contradiction raises
-        StructureError.
+        derivation from the graph, which needs no help for operations that it knows. It is held against
+        a Hessian-vector product at every solve: a contradiction raises StructureError.
         """
         raise undeclared(self, "hessian")
 

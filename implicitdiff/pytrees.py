@@ -10,6 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import torch
+
 from implicitdiff.errors import ImplicitDiffError, SolutionError
 from implicitdiff.torch_private import pytree
 
@@ -18,8 +20,13 @@ Spec: TypeAlias = pytree.TreeSpec
 
 def flatten(tree: Any) -> tuple[tuple[Any, ...], Spec]:
     """The leaves of a pytree and its structure; a tensor, a number or None is a leaf."""
+    if isinstance(tree, torch.Tensor):
+        return (tree,), _ONE  # by far the most frequent tree
     leaves, spec = pytree.tree_flatten(tree)
     return tuple(leaves), spec
+
+
+_ONE: Spec = pytree.tree_flatten(0)[1]
 
 
 @functools.lru_cache
@@ -30,6 +37,9 @@ def flat_spec(length: int) -> Spec:
 
 def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
     """The pytree of structure ``spec`` with these leaves."""
+    if spec is _ONE:
+        (leaf,) = leaves
+        return leaf
     return pytree.tree_unflatten(list(leaves), spec)
 
 
@@ -58,6 +68,8 @@ def flatten_like(
     Raises:
         error: The structure is another one.
     """
+    if spec is _ONE and isinstance(tree, torch.Tensor):
+        return (tree,)
     try:
         leaves = tuple(spec.flatten_up_to(tree))
     except ValueError as mismatch:
@@ -69,7 +81,18 @@ def flatten_like(
 
 def describe(spec: Spec) -> str:
     """The structure in a line, a star for each leaf: ``{'a': *, 'b': (*, *)}``; one text, one structure."""
+    if spec is _ONE:
+        return "*"
+    return _describe_flat(spec.num_leaves) if spec is flat_spec(spec.num_leaves) else _describe(spec)
+
+
+def _describe(spec: Spec) -> str:
     return repr(unflatten([_Star()] * spec.num_leaves, spec))
+
+
+@functools.lru_cache
+def _describe_flat(length: int) -> str:
+    return _describe(flat_spec(length))
 
 
 class _Star:

@@ -30,51 +30,16 @@ from torch.utils._python_dispatch import (
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
-    "HOST",
-    "DataDependentOutputException",
-    "DynamicOutputShapeException",
-    "FakeTensor",
-    "FakeTensorMode",
-    "HigherOrderOperator",
-    "OpOverload",
-    "TorchDispatchMode",
-    "autocast_enabled",
-    "below_autograd",
-    "broadcast_prefix",
-    "clean_context",
-    "compiled_functions_inlined",
-    "current_graph",
-    "eager_context",
-    "first_entry",
-    "grad_batched_level",
-    "has_storage",
-    "has_tangent",
-    "is_fake",
-    "is_grad_batched",
-    "is_recorded",
-    "is_reduction",
-    "is_traced",
-    "is_view",
-    "is_wrapped",
-    "lower_grad_batched",
-    "make_fx",
-    "nested_forward_mode",
-    "outside_of_graphs",
-    "packet_of",
-    "pytree",
-    "raise_grad_batched",
-    "schema_of",
-    "sparse_parts",
-    "standard_gamma",
-    "storage_key",
-    "synchronize",
-    "tangent_free",
-    "transforms_active",
-    "values_are_readable",
-    "without_autocast",
-    "without_saved_tensor_hooks",
+    "HOST", "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
+    "HigherOrderOperator", "OpOverload", "TorchDispatchMode", "autocast_anywhere", "autocast_enabled", "below_autograd",
+    "broadcast_prefix", "clean_context", "compiled_functions_inlined", "current_graph", "eager_context",
+    "first_entry", "grad_batched_level", "has_storage", "has_tangent", "is_fake", "is_grad_batched",
+    "is_recorded", "is_reduction", "is_traced", "is_view", "is_wrapped", "lower_grad_batched", "make_fx",
+    "nested_forward_mode", "only_eager", "outside_of_graphs", "packet_of", "pytree", "raise_grad_batched",
+    "schema_of", "sparse_parts", "standard_gamma", "storage_key", "synchronize", "tangent_free",
+    "transforms_active", "values_are_readable", "without_autocast", "without_saved_tensor_hooks",
     "writes_to",
-]
+]  # fmt: skip
 
 HOST = torch.device("cpu")
 """The device whose values Python can read: the only one that the library names.
@@ -122,6 +87,11 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def autocast_anywhere() -> bool:
+    """Whether autocast is on for some device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Operators called in the body keep the dtypes of their tensors."""
     # Entered only where there is something to switch off: recorders write it into their graphs.
@@ -163,6 +133,24 @@ def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
     if is_traced(tensors):
         return True
     return any(isinstance(mode, _CHECKPOINTS) for mode in _get_current_dispatch_mode_stack())
+
+
+def only_eager(tensor: torch.Tensor, cotangents: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a derivative is computed by plain eager code, once: nothing records, transforms, casts or differentiates.
+
+    Args:
+        tensor: One of the call's own; those of one call have their data in the same kind of place.
+        cotangents: What comes from outside.
+    """
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or type(tensor) is not torch.Tensor or tensor.is_meta:
+        return False
+    if autocast_enabled(tensor.device.type):
+        return False
+    if torch._C._len_torch_dispatch_stack() and is_recorded((tensor,)):
+        return False
+    return all(c is None or (type(c) is torch.Tensor and not is_grad_batched(c)) for c in cotangents)
 
 
 def transforms_active() -> bool:

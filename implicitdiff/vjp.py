@@ -71,7 +71,10 @@ def jacobian(problem: Problem, *inputs: Any, in_dims: InDims = 0) -> Any:
         else:
             call = prepared.call()
             solved = call.solve(call, theta, None)
-            matrices = _jacobians(call, solved.u, solved.multipliers or (), theta, count)
+            lam = solved.multipliers or ()
+            if solved.factor is not None:
+                call.factors.keep(call.plan, solved.u, lam, theta, solved.factor)
+            matrices = _jacobians(call, solved.u, lam, theta, count)
     return _arranged(prepared, matrices)
 
 

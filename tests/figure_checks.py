@@ -91,7 +91,8 @@ def _texts(figure: Figure) -> list[Text]:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                inside = low * (1 - 1e-9) - 1e-12 <= tick.get_loc() <= high * (1 + 1e-9) + 1e-12
+                slack = 1e-6 * (low if axis.get_scale() == "log" else high - low)
+                inside = low - slack <= tick.get_loc() <= high + slack
                 for label in (tick.label1, tick.label2):
                     if not inside or not label.get_visible() or not tick.get_visible():
                         hidden.add(label)

@@ -33,6 +33,7 @@ from tests.operator_grids import (
     unsymmetric_grid,
 )
 from tests.operator_products import kronecker
+from tests.operator_sparse import RING, STAR, TREE, grouped, sparse, updated
 
 
 def zero(draw: Draw) -> Twin:
@@ -186,6 +187,19 @@ TABLE: tuple[Row, ...] = (
     Row("half-width 2, indefinite", banded((6,), 0, (), 2, 2, "indefinite")),
     Row("a wider band below, unsymmetric", banded((5, 2), 0, (1,), 2, 1, "unsymmetric")),
     Row("differences along a chain", banded((5, 2), 0, (1,), 1, 1, "singular"), singular=True),
+    Row("a ring", sparse(6, RING)),
+    Row("a star, indefinite", sparse(5, STAR, "indefinite")),
+    Row("a tree, unsymmetric", sparse(7, TREE, "unsymmetric")),
+    Row("a graph for each sample", sparse(7, TREE, own=True)),
+    Row("the Laplacian of a ring", sparse(6, RING, "singular"), singular=True),
+    Row("rows of rank 2 plus diagonal", grouped((3, 5), (0,), 2)),
+    Row("two group axes, reversed, rank 1", grouped((2, 4, 3), (2, 0), 1, scalar=True)),
+    Row("columns of different factors", grouped((4, 2), (1,), 2, right=True)),
+    Row("neighbours and rank 2", updated(banded((7,), 0, (), 1, 1), 2)),
+    Row("a tree and rank 3, mixed", updated(sparse(7, TREE), 3)),
+    Row(
+        "unsymmetric blocks and rank 1", updated(block_diagonal((3, 2), (1,), symmetric=False), 1, right=True)
+    ),
     Row("low rank", low_rank(6, 2, "positive")),
     Row("low rank, weights of both signs", low_rank(6, 3, "mixed")),
     Row("low rank, some weights zero", low_rank(6, 4, "some zero")),

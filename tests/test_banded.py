@@ -188,23 +188,23 @@ NOT_BANDED: dict[str, tuple[Objective, tuple[int, ...], str]] = {
     "a band and a sum": (
         lambda u, x: steps(u).square().sum() + u.sum() ** 2 + near(u, x),
         (6,),
-        "low-rank-plus-diagonal",
+        "sum",
     ),
     "two steps apart against one": (
         lambda u, x: (u[:3] - u[::2]).square().sum() + near(u, x),
         (6,),
-        "low-rank-plus-diagonal",
+        "sparse",
     ),
     "a transposed slice": (
         lambda u, x: torch.exp(0.3 * u[1:, :-1] * u[1:, :-1].mT).sum() + near(u, x),
         (4, 4),
-        "low-rank-plus-diagonal",
+        "sparse",
     ),
-    "backwards": (lambda u, x: (u - 0.5 * u.flip(0)).square().sum() + near(u, x), (6,), "dense"),
+    "backwards": (lambda u, x: (u - 0.5 * u.flip(0)).square().sum() + near(u, x), (6,), "sparse"),
     "turned round": (
         lambda u, x: torch.exp(0.2 * u * u.flip(0, 1)).sum() + (u * x.flip(1)).sum() + near(u, x),
         (3, 4),
-        "dense",
+        "sparse",
     ),
 }
 

@@ -1,6 +1,7 @@
 """The command line: the commands' results as text and as JSON, exit codes, no traceback for what a user can mend."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -330,3 +331,37 @@ def test_the_module_is_the_command() -> None:
         check=True,
     )
     assert "welsch" in found.stdout
+
+
+ROOT = Path(__file__).resolve().parent.parent
+LONG = ("reproduce fig", "reproduce identity", "demo", "completion")
+
+
+def documented() -> list[str]:
+    """Every command of the README and the documents."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in re.findall(
+            r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            lines = (line.partition("#")[0].strip() for line in block.splitlines())
+            found += [line for line in lines if line.startswith("implicitdiff ")]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("line", documented())
+def test_commands_in_the_documents_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_problem.py").write_text(OWN)
+    words = line.split()[1:]
+    if not line.removeprefix("implicitdiff ").startswith(LONG):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+        return
+    assert isinstance(main, click.Group)
+    command = main.commands[words[0]]
+    command.make_context(words[0], words[1:])  # its words are read, nothing is run
+
+
+def test_documents_have_commands() -> None:
+    assert len(documented()) > 8

@@ -1,6 +1,7 @@
 """`compare`: right numbers in every column, and a row with a reason for each backward that cannot run."""
 
 import csv
+import dataclasses
 import io
 import sys
 
@@ -13,6 +14,7 @@ from implicitdiff.diagnostics import Comparison, Row, compare
 from implicitdiff.diagnostics.held import batch_first, held_at
 from implicitdiff.layer import DeclarativeLayer
 from implicitdiff.problems import OptimalTransport, RobustPooling
+from tests.figure_checks import complaints
 from tests.test_explain import Median, Portfolio
 
 EVERY = ("auto", "hand", "dense", "matrix-free", "unrolled", "approximate")
@@ -66,7 +68,9 @@ def test_csv(pooling, tmp_path):
     assert int(rows[2]["peak"]) == pooling.rows[2].peak
 
 
-def test_plot(pooling, monkeypatch):
+def test_plot(pooling, monkeypatch, tmp_path):
+    assert complaints(pooling.plot(tmp_path / "plot.svg")) == []
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
     assert [panel.get_xlabel() for panel in pooling.plot().axes] == [
         "time (s)",
         "peak memory (bytes)",
@@ -211,6 +215,7 @@ def test_a_sweep_has_rows_for_each_setting():
     assert "n = 9, m = 5" in str(found)
     # One line per backward and value of m.
     assert len(found.plot().axes[0].lines) == 4
+    assert complaints(found.plot()) == []
 
 
 def test_misuse_is_refused():
@@ -246,3 +251,50 @@ def test_a_held_problem_starts_from_the_given_point():
     assert held.eps is problem.eps
     assert type(held).__name__ == "Median"
     assert type(held_at(problem, solution)) is type(held)
+
+
+def test_a_sweep_over_the_example():
+    told = []
+    found = compare(
+        RobustPooling(),
+        sweep={"n": [4, 6]},
+        backwards=("auto",),
+        rounds=1,
+        advance=lambda done, total, what: told.append((done, total, what)),
+    )
+    assert [row.setting for row in found.rows] == [(("n", 4),), (("n", 6),)]
+    assert told == [(0, 2, "n = 4"), (1, 2, "n = 6")]
+    assert found.rows[1].bytes > found.rows[0].bytes
+    with pytest.raises(idf.OptionError, match="it takes batch, m, n"):
+        compare(RobustPooling(), sweep={"k": [4]})
+
+
+def test_without_inputs_the_example_is_taken():
+    problem = RobustPooling()
+    found = compare(problem, backwards=("auto",), rounds=1)
+    assert (
+        found.rows[0].bytes
+        == compare(problem, *problem.example(), backwards=("auto",), rounds=1).rows[0].bytes
+    )
+    with pytest.raises(idf.ProblemDefinitionError, match="declares no example"):
+        compare(Median(), backwards=("auto",))
+
+
+def test_the_verdict_is_a_sentence_about_clear_differences():
+    base = Row("hand", "", 1e-7, seconds=1.0, ratio=1.0, peak=10, bytes=1, flops=1, rounds=9)
+    fast = Row("auto", "lu", 1e-8, 0.5, 0.5, 8, 1, 1, rounds=9, ratio_low=0.4, ratio_high=0.6)
+    text = Comparison("P", (base, fast), "x").verdict
+    assert text == (
+        "auto is the fastest (0.5 of the time of hand, quartiles 0.4 to 0.6), needs the least memory (0.8 of the "
+        "peak of hand) and has the smallest error (1e-08)"
+    )
+    close = dataclasses.replace(fast, ratio=0.98, ratio_low=0.9, ratio_high=1.1, peak=20)
+    text = Comparison("P", (base, close), "x").verdict
+    assert text.startswith("auto and hand take about the same time; hand needs the least memory; auto has")
+
+
+def test_tables_fit_into_80_columns(pooling):
+    text = pooling.text(80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "±" in text
+    assert "±" not in pooling.text()

@@ -156,4 +156,4 @@ def test_as_an_experiment_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -
         for axes in found.figures[0][1]().axes
         for text in (axes.xaxis.label, axes.yaxis.label)
     }
-    assert {"epoch", "mean |w| of test data\n(units of cost)"} <= text
+    assert {"epoch", "mean |w|, test data\n(units of cost)"} <= text

@@ -64,10 +64,10 @@ ROUTES = (
     Case("pooling-woodbury", lambda: RobustPooling("welsch", 2.5), (numbers(2, 5, 2, seed=2),), ("factor",)),
     Case("transport", lambda: OptimalTransport(1.5), COSTS, ("factor",)),
     Case("transport-lu", lambda: OptimalTransport(1.5), COSTS, ("K",), options={"linear_solver": "lu"}),
-    Case("portfolio", Portfolio, ASSETS, ("factor", "factor"), (None, 0), {}, 1),  # H, then S
+    Case("portfolio", Portfolio, ASSETS, (), (None, 0), {}, 1),  # quadratic: H and S are factored in the forward pass
     Case("portfolio-ldl", Portfolio, ASSETS, ("K", "factor"), (None, 0), {"linear_solver": "ldl"}, 1),
     Case("portfolio-dense", Portfolio, ASSETS, ("H",), (None, 0), {"backward": "dense"}, 1),
-    Case("quartic", Quartic, (numbers(2, 3, seed=3), numbers(3, seed=4, scale=0.2, shift=1.0)), ("factor",),
+    Case("quartic", Quartic, (numbers(2, 3, seed=3), numbers(3, seed=4, scale=0.2, shift=1.0)), (),
          (0, None)),
     Case("rows", Rows, (numbers(2, 3, 2, seed=2),), ("factor",)),
     Case("separable", Separable, (numbers(2, 3, seed=2),), ()),  # H is only divided by

@@ -244,3 +244,28 @@ def test_options_are_checked(options: dict, words: str) -> None:
         idf.KKTOptions(**options)
     with pytest.raises(idf.OptionError, match="KKTOptions"):
         idf.DeclarativeLayer(Ridge(), kkt="least-norm")  # type: ignore[arg-type]
+
+
+class Halfspace(idf.Problem):
+    """minimise (u_0 + u_1 - x_0)^2  s.t.  u_0 <= x_1: where that is not active u is free along (1, -1)."""
+
+    def objective(self, u, x):
+        return (u.sum() - x[0]) ** 2
+
+    def inequality(self, u, x):
+        return u[0] - x[1]
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+    def solve(self, x):
+        x = x.detach()
+        u_0 = torch.minimum(x[:, 0] / 2, x[:, 1])
+        return torch.stack([u_0, x[:, 0] - u_0], 1)
+
+
+def test_least_norm_beside_an_inequality_that_is_not_active() -> None:
+    x = torch.tensor([[0.2, 3.0], [1.4, 2.0]], dtype=DOUBLE, requires_grad=True)
+    layer = idf.DeclarativeLayer(Halfspace(), kkt=idf.KKTOptions(least_norm=True))
+    (found,) = torch.autograd.grad(layer(x)[:, 0].sum(), x)
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0.0], [0.5, 0.0]], dtype=DOUBLE))

@@ -54,7 +54,7 @@ def test_every_exported_operator_has_a_row() -> None:
 def test_kinds_are_the_words_of_the_contract() -> None:
     kinds = {type(row.build(Draw(1))[0]).kind for row in TABLE}
     assert kinds == set(
-        "zero scaled-identity diagonal kronecker block-diagonal banded low-rank-plus-diagonal block dense "
+        "zero scaled-identity diagonal kronecker block-diagonal banded low-rank-plus-diagonal block sparse sum dense "
         "matrix-free".split()
     )
 

@@ -63,6 +63,20 @@ def test_figures_are_fit_for_print(name: str, found: dict[str, Findings]) -> Non
         assert complaints(draw()) == []
 
 
+def test_figures_of_full_sizes_are_fit_for_print(found: dict[str, Findings]) -> None:
+    from implicitdiff.reproduce import fig1_plot, fig3_plot
+
+    first = [row for row in found["fig1"].tables[1].rows if row.n == 9]
+    sizes = (16, 64, 256, 1024, 4096, 16384)
+    assert complaints(fig1_plot.draw([dataclasses.replace(row, n=n) for n in sizes for row in first])) == []
+    size, count = (found["fig3"].tables[k].rows[:7] for k in (0, 1))
+    rows = [dataclasses.replace(row, n=n) for n in (25, 50, 100, 200, 300, 500, 750, 1000) for row in size]
+    counts = (1, 2, 3, 4, 5, 6, 8, 10, 20, 50)
+    rows += [dataclasses.replace(row, iterations=k, forward_peak=k * 10**7) for k in counts for row in count]
+    for passes in ("both passes", "backward"):
+        assert complaints(fig3_plot.costs(rows, passes)) == []
+
+
 def test_figures_that_are_not_fit_are_told() -> None:
     from matplotlib.figure import Figure
 

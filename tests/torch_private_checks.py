@@ -31,16 +31,48 @@ def floats(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@of("autocast_enabled", "without_autocast")
+@of("autocast_anywhere", "autocast_enabled", "without_autocast")
 def autocast_is_seen_and_switched_off() -> None:
     assert not torch_private.autocast_enabled("cpu")
     assert not torch_private.autocast_enabled("meta")
+    assert not torch_private.autocast_anywhere()
     x = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch_private.autocast_anywhere()
         assert torch_private.autocast_enabled("cpu")
         assert (x @ x).dtype == torch.bfloat16
         with torch_private.without_autocast("cpu"), torch_private.without_autocast("meta"):
             assert (x @ x).dtype == torch.float32
+
+
+@of("only_eager")
+def anything_beside_eager_code_is_seen() -> None:
+    x, seen = floats(1, 2), []
+
+    def look(*given: Tensor) -> Tensor:
+        seen.append(torch_private.only_eager(x, (*given, None)))
+        return given[0] * 2
+
+    assert not torch_private.only_eager(x, (x,)), "a derivative of the derivative may be asked for"
+    with torch.no_grad():
+        assert torch_private.only_eager(x, (x, None))
+        assert not torch_private.only_eager(x.to("meta"), (x,))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            look(x)
+        vmap(look)(x)
+        torch_private.make_fx(look)(x)
+        with torch.autograd.forward_ad.dual_level():
+            look(torch.autograd.forward_ad.make_dual(x, x))
+        with torch_private.FakeTensorMode(allow_non_fake_inputs=True):
+            look(x)
+        look(torch.nn.Parameter(x))
+    assert seen == [False] * 6
+    leaf = floats(1, 2).requires_grad_()
+    y = leaf * 1
+    y.register_hook(lambda v: seen.append(torch_private.only_eager(x, (v,))))
+    torch.autograd.grad(y, leaf, torch.eye(2, dtype=torch.float64), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, leaf, floats(1, 1))
+    assert seen[6:] == [False, True]
 
 
 @of("is_traced", "is_recorded")

@@ -18,6 +18,7 @@ from torch import Tensor
 from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.autograd.shared import SharedFactor
 from implicitdiff.derivatives.equations import lagrangian_of
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
 from implicitdiff.records import Record
@@ -49,6 +50,8 @@ class Solved(Protocol):
     def iterations(self) -> Tensor: ...
     @property
     def residual(self) -> Tensor: ...
+    @property
+    def factor(self) -> KKTFactor | None: ...
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,10 @@ def _dense(call: Call, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | No
     if shift is not None:
         hessian = hessian + torch.diag_embed(shift[:, None].expand(-1, hessian.shape[-1]))
     jacobian = call.plan.constraint_jacobian(u, theta)
+    diagonal = call.lagrangian.corner(theta, u[0])  # that of inequalities which are not active
     corner = hessian.new_zeros(len(hessian), jacobian.shape[1], jacobian.shape[1])
+    if diagonal is not None:
+        corner = torch.diag_embed(-flat.join(diagonal, 1)).expand_as(corner)
     return torch.cat([torch.cat([hessian, -jacobian.mT], 2), torch.cat([-jacobian, corner], 2)], 1)
 
 

@@ -7,6 +7,7 @@ to any order, in reverse and forward mode, under vmap. Next: `layer/prepare.py`,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.autograd.masks import Masks, kept
 from implicitdiff.autograd.opaque import CALLS, LIBRARY, Flags, OpaqueStep
 from implicitdiff.autograd.regularity import report_saddles, settled
+from implicitdiff.autograd.usual import usual_gradients
 from implicitdiff.errors import NotSupportedYetError
 from implicitdiff.torch_private import (
     below_autograd,
@@ -77,6 +79,10 @@ class ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients in theta."""
+        call, theta = ctx.call, len(ctx.call.batched)
+        found = usual_gradients(call, ctx.saved_tensors, cotangents, ctx.needs_input_grad[1 : 1 + theta])
+        if found is not None:
+            return (None, *found, *(None,) * ctx.starts)
         return through_func(lambda *given: _backward(ctx, *given), cotangents)
 
     @staticmethod
@@ -96,6 +102,10 @@ class ImplicitFunction(torch.autograd.Function):
         return tuple(unfold(output, size, call.batch) for output in outputs), (0,) * len(outputs)
 
 
+# torch asks for the signature of `forward` at every call.
+ImplicitFunction.forward.__signature__ = inspect.signature(ImplicitFunction.forward)  # type: ignore[attr-defined]
+
+
 def _solve(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     theta, start = tuple(tensors[: len(call.batched)]), tuple(tensors[len(call.batched) :])
     with undisturbed(theta[0]):
@@ -106,7 +116,10 @@ def _solve(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     # An output that shares memory with an input would be taken for a view of it.
     held = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
     outputs = (*solved.u, *lam, solved.status, solved.iterations, solved.residual)
-    return tuple(own(output, held) for output in outputs)
+    owned = tuple(own(output, held) for output in outputs)
+    if solved.factor is not None:
+        call.factors.keep(call.plan, *call.split_point((*owned[:-EXTRAS], *theta)), solved.factor)
+    return owned
 
 
 def _solved_shapes(call: Call, _: Flags, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

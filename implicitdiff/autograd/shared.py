@@ -49,6 +49,11 @@ class SharedFactor:
     def __init__(self) -> None:
         self._kept: _Kept | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to be found."""
+        return self._kept is None
+
     def find(self, plan: Plan, u: Leaves, lam: Leaves, theta: Leaves) -> KKTFactor | None:
         """The factorisation of this point, None if it is not there."""
         kept = self._kept
@@ -73,11 +78,16 @@ class SharedFactor:
             return found
         self._kept = None  # its memory is free before the next one is made
         u, lam, theta = (tuple(leaf.detach() for leaf in leaves) for leaves in (u, lam, theta))
-        point = (*u, *lam, *theta)
-        versions = tuple(map(writes_to, point))
+        versions = tuple(map(writes_to, (*u, *lam, *theta)))  # read first: a write in between is then seen
         factor = plan.kkt_factor(u, lam, theta)
-        self._kept = _Kept(plan, point, versions, factor)
+        self._kept = _Kept(plan, (*u, *lam, *theta), versions, factor)
         return factor
+
+    def keep(self, plan: Plan, u: Leaves, lam: Leaves, theta: Leaves, factor: KKTFactor) -> None:
+        """Keep a factorisation of this point that was made on the way to it."""
+        point = tuple(leaf.detach() for leaf in (*u, *lam, *theta))
+        if not any(is_fake(tensor) or tensor.is_inference() for tensor in point):
+            self._kept = _Kept(plan, point, tuple(map(writes_to, point)), factor)
 
 
 def _same(kept: Tensor, given: Tensor) -> bool:

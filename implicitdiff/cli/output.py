@@ -32,7 +32,7 @@ class _Report(RegexHighlighter):
     base_style = "report."
     highlights = [  # noqa: RUF012  # rich's attribute
         r"(?m)^(?P<label>(sizes|H = D_uu L|A = D_u h|S = A H\^-1 A'|dependence|derivation|multipliers|solver"
-        r"|rejected|falls back|forward|one backward))\b",
+        r"|rejected|falls back|forward|one backward))(?=\s)",
         r"(?P<good>\bok\b|\ball is well\b|\bholds\b)",
         r"(?P<bad>\bfail\b|\bnot the gradient\b|\bdoes not hold\b)",
         r"(?P<strong>\bis the fastest\b|\bneeds the least memory\b|\bhas the smallest error\b)",
@@ -103,7 +103,8 @@ def progress(title: str) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*bar, console=out, transient=True, disable=not out.is_terminal) as shown:
+    # Asked of the stream itself: FORCE_COLOR makes rich take a file for a terminal.
+    with Progress(*bar, console=out, transient=True, disable=not sys.stderr.isatty()) as shown:
         task = shown.add_task(title, total=None)
 
         def advance(done: int, total: int, what: str) -> None:

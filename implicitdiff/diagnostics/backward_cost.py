@@ -71,9 +71,10 @@ def backward_cost(problem: Problem, planned: Planned) -> BackwardCost:
     start = _start(problem, planned) if given else None
     found = _run(planned, theta, make, start)
     what = "the given data, at the start point" if start is not None else "random data"
-    return BackwardCost(
-        found.flops, found.bytes, found.peak, f"counted on {what}; iterations depend on the data"
+    why = (
+        "iterations depend on the data" if iterative else "the pattern is data, and SciPy's part is not seen"
     )
+    return BackwardCost(found.flops, found.bytes, found.peak, f"counted on {what}; {why}")
 
 
 def _run(

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 COLUMN = 8.5  # cm, the width of one column of a paper
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D00")
@@ -69,24 +69,39 @@ def log_scale(axis: Any, values: Iterable[float] | None = None) -> None:
 
     Args:
         axis: Of a panel in which everything is drawn already.
-        values: Where the ticks are, thinned to a fifth of the axis apart; None: at 1 (and 2, 5) times powers of 10.
+        values: Where the ticks are, thinned to a quarter of the axis apart; None: at round numbers.
     """
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
-    if values is not None:
+    if values is None:
+        axis.set_major_locator(FixedLocator(_round_values(*axis.get_view_interval())))
+    else:
         axis.set_major_locator(FixedLocator(_thinned(sorted(set(values)))))
-        return
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low) if 0 < low < high else 0.0
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.7 else (1.0, 2.0, 5.0), numticks=8))
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """At most six powers of ten between the two, or 1, 2 and 5 times powers, or whatever is round there."""
+    powers = [
+        10.0**k for k in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    ]
+    if len(powers) >= 2:
+        return powers[:: math.ceil(len(powers) / 6)]
+    first = math.floor(math.log10(low))
+    found = [digit * 10.0**k for k in range(first, first + 3) for digit in (1, 2, 5)]
+    found = [value for value in found if low <= value <= high]
+    return (
+        found
+        if len(found) >= 2
+        else [float(v) for v in MaxNLocator(3).tick_values(low, high) if low <= v <= high]
+    )
 
 
 def plain_number(value: float) -> str:
     """0.05, 20, 5000, 20k, 3M, 1e-07."""
     if value >= 1e4:
         power = min(int(math.log10(value) + 1e-9) // 3, 4)
-        return f"{value / 1000**power:g}{'kMGT'[power - 1]}"
+        return f"{value / 1000**power:.3g}{'kMGT'[power - 1]}"
     return f"{value:g}"
 
 
@@ -96,7 +111,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
     span = math.log(values[-1] / values[0])
     kept = [values[0]]
     for value in values[1:]:
-        if math.log(value / kept[-1]) >= span / 5:
+        if math.log(value / kept[-1]) >= span / 4:
             kept.append(value)
     if kept[-1] != values[-1]:  # the last one counts more than its neighbour
         kept[-1:] = [values[-1]] if len(kept) > 1 else [kept[-1], values[-1]]

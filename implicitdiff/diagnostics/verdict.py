@@ -70,9 +70,14 @@ def verdict_on(rows: Sequence[Row]) -> str:
     if known:
         best = min(known, key=lambda row: row.error or 0.0)
         said.append((best.backward, f"has the smallest error ({number(best.error)})"))
-    text = "; ".join(f"{who} {', '.join(what for _, what in group)}" for who, group in _by_subject(said))
+    text = "; ".join(f"{who} {_listed([what for _, what in group])}" for who, group in _by_subject(said))
     wrong = [f"{row.backward} (error {number(row.error)})" for row in ran if not row.exact]
     return text + (f"; not the gradient: {', '.join(wrong)}" if wrong else "")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """One; one and another; one, another and a third."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _by_subject(said: Sequence[tuple[str, str]]) -> list[tuple[str, list[tuple[str, str]]]]:

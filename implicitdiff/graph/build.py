@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from implicitdiff.graph import branches
+from implicitdiff.graph import branches, onehot
 from implicitdiff.graph.functions import FLAT, FOLD
 from implicitdiff.graph.ir import UNBATCHED, Label, Labels, Node, Ref, Unsupported
 
@@ -30,8 +30,6 @@ class Builder:
         self.table: dict[Hashable, Node] = {}
         self.alias: dict[int, Ref] = {}
         self.count = 0
-
-    # ---------------------------------------------------------------- nodes and labels
 
     def make(
         self,
@@ -316,13 +314,12 @@ class Builder:
             raise Unsupported("a sum over the batch of a value without batch")
         if not present and not over_batch:
             return self.scale(float(multiplicity), body)
-        if body.node.op == "add":
+        if body.node.op == "add" and not over_batch:
             constant, coefficients = body.node.data
-            if not over_batch:
-                args, _ = self.open(body)
-                summed = [(c, self.con(a, present)) for c, a in zip(coefficients, args, strict=True)]
-                constant *= math.prod(self.labels.sizes[k] for k in present)
-                return self.scale(float(multiplicity), self.add(summed, constant))
+            args, _ = self.open(body)
+            summed = [(c, self.con(a, present)) for c, a in zip(coefficients, args, strict=True)]
+            constant *= math.prod(self.labels.sizes[k] for k in present)
+            return self.scale(float(multiplicity), self.add(summed, constant))
         coefficient, factors = self.split(body)
         inside = [f for f in factors if set(f[0].labels) & set(present) or (over_batch and f[0].node.prefix)]
         outside = [f for f in factors if f not in inside]
@@ -337,6 +334,8 @@ class Builder:
             (deeper,), below = self.open(inner)
             inner, present = deeper, [*present, *below]
         bound = [k for k in inner.labels if k in present]
+        if onehot.is_one(inner, bound) and not over_batch:
+            return self.mul(outside, coefficient * multiplicity)
         prefix = UNBATCHED if over_batch else inner.node.prefix
         out = [k for k in inner.labels if k not in bound]
         summed_ref = self.make("con", over_batch, [inner], out, bound, prefix=prefix)
@@ -391,9 +390,9 @@ class Builder:
 
     def hold(self, ref: Ref) -> Ref:
         """The same value, opaque: a constant for differentiation, and not expanded into sums above it."""
-        return (
-            ref if ref.node.op == "call" else self.make("hold", None, [ref], ref.labels, leaves=frozenset())
-        )
+        if ref.node.op == "call" or self.as_number(ref) is not None:
+            return ref
+        return self.make("hold", None, [ref], ref.labels, leaves=frozenset())
 
     def eye(self, a: Label, b: Label, name: str | None = None) -> Ref:
         """The identity matrix over two labels of equal size; one that the user made has a name."""

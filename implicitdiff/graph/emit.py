@@ -6,6 +6,7 @@ leaves and single uses are written inline; a buffer is deleted after its last us
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from typing import Any
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calls import Emitted, Output
 from implicitdiff.graph.contraction import contract
+from implicitdiff.graph.emit_indexed import emit_hot, emit_sum
+from implicitdiff.graph.emit_squares import squares_of
 from implicitdiff.graph.functions import PRINT
 from implicitdiff.graph.ir import UNBATCHED, Label, Node, Ref, reachable
 from implicitdiff.graph.listing import listing
+from implicitdiff.graph.onehot import has_hot
 from implicitdiff.graph.purpose import Step, behind, purposes
 from implicitdiff.graph.statements import Shape
 from implicitdiff.graph.text import (
@@ -244,14 +248,14 @@ class Emitter:
         return text
 
     def _entries(self, labels: Sequence[Label]) -> int:
-        out = 1
-        for label in labels:
-            out *= self.build.labels.sizes[label]
-        return out
+        return math.prod(self.build.labels.sizes[label] for label in labels)
 
     def _emit_add(self, node: Node) -> Variable:
         constant, coefficients = node.data
         terms = sorted(zip(coefficients, node.args, strict=True), key=lambda t: t[0] != 1.0)
+        if coefficients == (0.5, 0.5) and not constant and terms[0][1].node is terms[1][1].node:
+            both = ", ".join(self.text(ref, node.axes) for _, ref in terms)
+            return self.store(node, f"saddle.symmetric_part({both})", node.axes)
         text = ""
         for coefficient, ref in terms:
             part = self.text(ref, node.axes)
@@ -261,8 +265,7 @@ class Emitter:
                 text = f"{text} {'+' if coefficient > 0 else '-'} {part}"
             else:
                 text = f"torch.add({text}, {part}, alpha={literal(coefficient)})"
-        if constant:
-            text = f"{text} {'+' if constant > 0 else '-'} {literal(abs(constant))}"
+        text += f" {'+' if constant > 0 else '-'} {literal(abs(constant))}" if constant else ""
         return self.store(node, text, node.axes)
 
     def _emit_fn(self, node: Node) -> Variable:
@@ -281,8 +284,9 @@ class Emitter:
 
     def _emit_con(self, node: Node) -> Variable:
         (body,) = node.args
-        squares = self._squares(node)
-        if squares is not None:
+        if has_hot(self.build, body):
+            return emit_sum(self, node)
+        if (squares := squares_of(self, node)) is not None:
             return squares
         if (
             body.node.op == "prod"
@@ -290,7 +294,7 @@ class Emitter:
             and body.node.id not in self.variables
         ):
             _, factors = self.build.split(body)
-            operands = [self._factor_operand(ref, power) for ref, power in factors]
+            operands = [self.factor_operand(ref, power) for ref, power in factors]
         else:
             operands = [self.operand(body)]
         text, layout = contract(
@@ -298,32 +302,8 @@ class Emitter:
         )
         return self.store(node, text, layout)
 
-    def _squares(self, node: Node) -> Variable | None:
-        """A sum of squares along one axis, or of squared differences: nothing of the size of the squares is made."""
-        (body,) = node.args
-        coefficient, factors = self.build.split(body)
-        if node.data or len(node.bound) != 1 or body.node.op != "prod" or coefficient != 1.0:
-            return None
-        if len(factors) != 1 or factors[0][1] != 2.0 or body.node.id in self.variables:
-            return None
-        ref = factors[0][0]
-        args, _ = self.build.open(ref)
-        only = self.uses.get(ref.node.id, 0) == 1 and ref.node.id not in self.variables
-        if only and ref.node.op == "add" and ref.node.data == (0.0, (1.0, -1.0)):
-            order = list(ref.labels)
-            texts = ", ".join(self.text(a, order) for a in args)
-            if any(set(a.labels) == set(order) for a in args) and ref.node.prefix == 1:
-                dim = order.index(node.bound[0]) - len(order)
-                layout = [k for k in order if k not in node.bound]
-                return self.store(node, f"saddle.squared_distance({texts}, {dim})", layout)
-        operand = self.operand(ref)
-        dim = operand.labels.index(node.bound[0]) - len(operand.labels)
-        layout = [k for k in operand.labels if k not in node.bound]
-        if not layout:
-            return None
-        return self.store(node, f"saddle.square_sum({operand.text}, {dim})", layout)
-
-    def _factor_operand(self, ref: Ref, power: float) -> Operand:
+    def factor_operand(self, ref: Ref, power: float) -> Operand:
+        """A use of a node to a power."""
         operand = self.operand(ref)
         if power == 1.0:
             return operand
@@ -332,6 +312,9 @@ class Emitter:
             raised(operand.text, power) if power > 0.0 else f"{raised(operand.text, -power)}.reciprocal()"
         )
         return Operand(text, operand.labels, operand.prefix, operand.certain)
+
+    def _emit_hot(self, node: Node) -> Variable:
+        return emit_hot(self, node)
 
     def _emit_amax(self, node: Node) -> Variable:
         operand = self.operand(node.args[0])

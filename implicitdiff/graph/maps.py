@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from implicitdiff.graph import onehot
 from implicitdiff.graph.build import Builder, Spec
 from implicitdiff.graph.ir import UNBATCHED, Label, Ref
 
@@ -41,9 +42,12 @@ def pad(
     coefficient, factors = build.split(ref)
     if not changed or coefficient == 0.0:
         return ref
+    hots, factors, changed = _hot_padded(build, factors, changed)
     # what has no axis stands in front: +x and -x are then one padded tensor
-    plain = [f for f in factors if not f[0].labels]
+    plain = [*hots, *(f for f in factors if not f[0].labels)]
     body = build.mul([f for f in factors if f[0].labels])
+    if not changed:
+        return build.mul([*plain, (body, 1.0)], coefficient)
     gone = {inner for _, inner in changed.values()}
     out = [k for k in order if k in changed or k in body.labels]
     out += [k for k in (*body.labels, *changed) if k not in out and k not in gone]
@@ -56,6 +60,22 @@ def pad(
             bound.append(build.labels.new(1) if inner is None or place[0] == "index" else inner)
     padded = build.make("pad", tuple(specs), [body], out, bound)
     return build.mul([*plain, (padded, 1.0)], coefficient)
+
+
+def _hot_padded(
+    build: Builder, factors: list[tuple[Ref, float]], changed: dict[Label, tuple[Place, Label | None]]
+) -> tuple[list[tuple[Ref, float]], list[tuple[Ref, float]], dict[Label, tuple[Place, Label | None]]]:
+    """One-hot matrices that point into a slice point into the whole axis; what else runs along it is left."""
+    hots: list[tuple[Ref, float]] = []
+    rest, left = list(factors), dict(changed)
+    for outer, (place, inner) in changed.items():
+        own = [f for f in rest if onehot.is_hot(f[0]) and onehot.column_of(f[0]) == inner]
+        if own and place[0] == "slice":
+            rest = [f for f in rest if f not in own]
+            hots += [(onehot.padded(build, f[0], int(place[1]), int(place[2]), outer), 1.0) for f in own]
+            if not any(inner in ref.labels for ref, _ in rest):
+                del left[outer]
+    return hots, rest, left
 
 
 def selection(build: Builder, place: Place, row: Label | None, column: Label) -> Ref:

@@ -25,8 +25,8 @@ IN_PLACE: dict[type[ast.operator], str] = {
     ast.Div: "div_",
 }
 ENTRYWISE = frozenset("rsqrt sqrt square reciprocal pow exp log log1p abs tanh sigmoid sin cos".split())
-OBJECTS = ("operators.", "solvers.", "saddle.FullKKT", "saddle.RangeSpace")
-VIEWS = frozenset("expand squeeze unflatten flatten reshape permute to matrix einsum".split())
+OBJECTS = ("operators.", "solvers.", "saddle.FullKKT", "saddle.RangeSpace", "entries.")
+VIEWS = frozenset("expand squeeze unflatten flatten reshape permute to matrix einsum symmetric_part".split())
 """Methods and functions whose result may share memory with what they are given."""
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from implicitdiff.graph.build import Builder
@@ -115,7 +116,7 @@ def identifiers(names: list[str]) -> list[str]:
 
 RESERVED = re.compile(
     r"(?:lam|v|v_lam|rhs_u|rhs_h|t|constant_)\d*|w|s|status|cancelled|kkt|factor|schur|shift|null_vectors"
-    r"|torch|operators|solvers|saddle"
+    r"|torch|operators|solvers|saddle|indexed|entries|places"
 )
 """Names that the emitted code uses itself."""
 
@@ -133,9 +134,12 @@ class _Translator:
         self.constants: dict[str, Tensor] = {}
         self.leaves: list[Leaf] = []
         self.placeholder_values: list[Value] = []
+        self.whole_numbers: set[str] = set()
         for placeholder, name, sizes in zip(trace.placeholders, names, axes, strict=True):
             prefix = BATCHED if placeholder.batched else UNBATCHED
             ref = self.build.leaf(name, sizes, prefix, differentiable=placeholder.moves)
+            if not (placeholder.dtype.is_floating_point or placeholder.dtype == torch.bool):
+                self.whole_numbers.add(name)
             self.leaves.append(Leaf(placeholder, name, tuple(sizes), ref.node))
             self.placeholder_values.append(Value(ref, self._grouped(ref, placeholder.shape)))
 
@@ -202,7 +206,9 @@ class _Translator:
             return table[a] if isinstance(a, fx.Node) else a
 
         args, kwargs = fx.node.map_aggregate(node.args, lift), fx.node.map_aggregate(node.kwargs, lift)
-        rule_for = RULES.get(node.target)
+        rule_for = RULES.get(WHOLE if gives_whole_numbers(node) else node.target)
+        if gives_whole_numbers(node):
+            args, kwargs = (node, *args), {}
         try:
             if rule_for is not None:
                 return rule_for(self, *args, **kwargs)
@@ -229,6 +235,8 @@ class _Translator:
             return self.number(float(first), tuple(tensor.shape))
         name = f"constant_{len(self.constants)}"
         self.constants[name] = tensor
+        if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            self.whole_numbers.add(name)
         sizes = [s for s in tensor.shape if s != 1]
         ref = self.build.leaf(name, sizes, UNBATCHED, differentiable=False)
         return Value(ref, self._grouped(ref, tuple(tensor.shape)))
@@ -264,6 +272,18 @@ class _Translator:
 
     def _single(self, value: Value, dim: int) -> Label:
         raise Unsupported("a slice along a dimension that is a product of axes")
+
+
+WHOLE = "places"
+"""The key of the rule of arithmetic with index tensors."""
+
+
+def gives_whole_numbers(node: fx.Node) -> bool:
+    """Whether an entrywise operation makes an index tensor out of others."""
+    value = node.meta.get("val")
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
+    tags = getattr(node.target, "tags", ())
+    return whole and torch.Tag.pointwise in tags and bool(node.all_input_nodes)
 
 
 def operation_name(node: fx.Node) -> str:

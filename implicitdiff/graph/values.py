@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from implicitdiff.graph import onehot
 from implicitdiff.graph.build import REBUILT, Builder, Spec
 from implicitdiff.graph.ir import Label, Ref, Unsupported
 
@@ -180,10 +181,37 @@ def restricted(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | 
         return Ref(made.node, tuple(k for k in names if k is not None))
     if node.op == "view":
         return _view_of_view(build, ref, label, spec, new)
+    if node.op == "hot":
+        return _hot_sliced(build, ref, label, spec, new)
     if node.op not in REBUILT:
         raise Unsupported(f"a slice of a {node.op} has no rule")
     args, bound = build.open(ref)
     return build.rebuilt(node, [restricted(build, a, label, spec, new) for a in args], bound)
+
+
+def _hot_sliced(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | None) -> Ref:
+    """A slice of what an index tensor points at, or of the index tensor itself."""
+    if onehot.is_hot(ref) and label == onehot.column_of(ref):
+        return onehot.sliced(build, ref, spec, new)
+    column = onehot.column_of(ref) if onehot.is_hot(ref) else None
+    index = restricted(build, onehot.index_of(ref), label, spec, new)
+    return onehot.hot(build, index, ref.node.data, column)
+
+
+def taken(build: Builder, value: Value, dim: int, index: Ref) -> Ref:
+    """value[..., index, ...] along a dimension, which may be a product of axes: summed against one-hot matrices."""
+    labels, sizes = value.dims[dim], build.labels.sizes
+    length, factors, gone = size(build, labels), [], []
+    divisor = length
+    for label in labels:
+        divisor //= sizes[label]
+        where = onehot.IndexMap(
+            length, divisor, sizes[label] if len(labels) > 1 else length, 0, 1, sizes[label]
+        )
+        if label in value.ref.labels:
+            factors.append(onehot.hot(build, index, where, label))
+            gone.append(label)
+    return build.con(build.times(*factors, value.ref), gone)
 
 
 def _view_of_view(build: Builder, ref: Ref, label: Label, spec: Spec, new: Label | None) -> Ref:

@@ -6,17 +6,17 @@ have the variable's own axes outside. Next file: `route.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-import torch
-
-from implicitdiff import operators
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.calls import call
-from implicitdiff.graph.ir import BATCHED, UNBATCHED, Label, Ref, Unsupported
+from implicitdiff.graph.ir import BATCHED, UNBATCHED, Label, Ref
 from implicitdiff.graph.maps import shift
+from implicitdiff.kkt import patterns
 from implicitdiff.structure.forms import Band, Entry, Form, LowRankTerm, Space
+
+Arguments = list[tuple[Ref, Sequence[Label], int]]
+"""Of a call: refs, the order of their axes, the least number of leading axes."""
 
 
 def flat_text(sizes: Sequence[Sequence[int]]) -> str:
@@ -145,9 +145,9 @@ def like(build: Builder) -> Ref:
 def dense_matrix(build: Builder, form: Form) -> Ref:
     """The whole matrix (B, m, m), over two labels."""
     space = form.space
-    if form.kind == "banded":
+    if form.kind in ("banded", "sparse", "sum"):
         out = (build.labels.new(space.size), build.labels.new(space.size))
-        return call(build, "{0}.to_dense()", [(_banded(build, form), (), -1)], out, BATCHED)
+        return call(build, "{0}.to_dense()", [(operator(build, form), (), -1)], out, BATCHED)
     return joined(
         build,
         [
@@ -206,14 +206,22 @@ def operator(build: Builder, form: Form, kind: str | None = None) -> Ref:
         refs = [form.grid[k][k].diagonal for k in range(len(space.names))]
         args = [(ref, space.rows[k], BATCHED) for k, ref in enumerate(refs) if ref is not None]
         return call(build, f"operators.Diagonal({flat_text(space.sizes)})", args, (), BATCHED)
+    if kind == "sparse":
+        return patterns.operator(build, form)
     if kind == "block-diagonal":
         return _block_diagonal(build, form)
+    if kind == "grouped":
+        return _grouped(build, form)
     if kind == "banded":
         return _banded(build, form)
     if kind == "kronecker":
         return _kronecker(build, form)
     if kind == "low-rank-plus-diagonal":
         return _low_rank(build, form)
+    if kind == "sum" and form.base is not None:
+        summands: Arguments = [(operator(build, form.base), (), -1)]
+        sides = ", ".join(_factors(form, summands))
+        return call(build, f"operators.LowRankUpdate({{0}}, {sides})", summands, (), BATCHED)
     whole = dense_matrix(build, form)
     return call(build, "operators.Dense({0}, symmetric=True)", [(whole, whole.labels, BATCHED)], (), BATCHED)
 
@@ -235,6 +243,39 @@ def _block_diagonal(build: Builder, form: Form) -> Ref:
         (),
         BATCHED,
     )
+
+
+def _grouped(build: Builder, form: Form) -> Ref:
+    """Blocks of low rank plus diagonal: the axes that number the blocks come first on every factor."""
+    rows, columns = form.space.rows[0], form.space.columns[0]
+    shared = sorted(form.shared)
+    blocks, own = ([rows[k] for k in shared], [k for k in range(len(rows)) if k not in form.shared])
+    diagonal = form.entry.diagonal
+    assert diagonal is not None
+    joined = "" if len(shared) == 1 else f".flatten(1, {len(shared)})"
+    inner = "" if len(own) == 1 else f".flatten(2, {1 + len(own)})"
+    args: Arguments = [(diagonal, [*blocks, *(rows[k] for k in own)], BATCHED)]
+    parts = [f"{{0}}{joined}{inner}"]
+    symmetric = all(is_symmetric(t, rows, columns) for t in form.grouped)
+    sides: list[list[str]] = [[], [], []]
+    for term in form.grouped:
+        chosen = [(term.left, rows, sides[0]), (term.weights, (), sides[1])]
+        chosen += [] if symmetric else [(term.right, columns, sides[2])]
+        for ref, labels, texts in chosen:
+            text = f"{{{len(args)}}}{joined}{inner if labels else ''}"
+            end = (
+                "[..., None]"
+                if not term.rank
+                else f".flatten(-{len(term.rank)})"
+                if len(term.rank) > 1
+                else ""
+            )
+            texts.append(f"{text}{end}")
+            args.append((ref, [*blocks, *(labels[k] for k in own if labels), *term.rank], BATCHED))
+    texts = [side[0] if len(side) == 1 else f"saddle.beside({', '.join(side)})" for side in sides if side]
+    parts += [*texts, *(["None"] if symmetric else [])]
+    where = f"{tuple(form.space.sizes[0])}, {tuple(shared)}"
+    return call(build, f"operators.GroupedLowRank({', '.join(parts)}, {where})", args, (), BATCHED)
 
 
 def _kronecker(build: Builder, form: Form) -> Ref:
@@ -261,7 +302,7 @@ def _banded(build: Builder, form: Form) -> Ref:
     """One tensor for each place of the band, over (chains, rows along it, rows and columns inside a block)."""
     rows, columns, chain = form.space.rows[0], form.space.columns[0], form.chain
     assert chain is not None
-    chains, inside = sorted(form.shared), _inside(form)
+    chains, inside = sorted(form.shared), inner_axes(form)
     places: list[list[Ref]] = [[] for _ in range(2 * chain.reach + 1)]
     for band in form.entry.tied(len(rows)):
         offset = band.offsets[chain.axis]
@@ -282,23 +323,29 @@ def _banded(build: Builder, form: Form) -> Ref:
     )
 
 
-def _inside(form: Form) -> list[int]:
+def inner_axes(form: Form) -> list[int]:
     """The axes inside the blocks of a banded form."""
     axis = form.chain.axis if form.chain is not None else -1
     return [k for k in range(len(form.space.sizes[0])) if k != axis and k not in form.shared]
 
 
 def _low_rank(build: Builder, form: Form) -> Ref:
-    entry, rows, columns = form.entry, form.space.rows[0], form.space.columns[0]
-    diagonal = entry.diagonal
+    rows, diagonal = form.space.rows[0], form.entry.diagonal
     assert diagonal is not None
-    args: list[tuple[Ref, Sequence[Label], int]] = []
+    args: Arguments = []
     if diagonal.labels:
         args.append((diagonal, rows, BATCHED))
         parts = [flat_text([rows])]
     else:
         args.append((diagonal, (), BATCHED))
         parts = ["{0}[:, None]"]
+    parts += _factors(form, args)
+    return call(build, f"operators.LowRankPlusDiagonal({', '.join(parts)})", args, (), BATCHED)
+
+
+def _factors(form: Form, args: Arguments) -> list[str]:
+    """Templates of the joined sides and weights of the low-rank terms; arguments are appended to `args`."""
+    entry, rows, columns = form.entry, form.space.rows[0], form.space.columns[0]
     lefts, weights, rights = [], [], []
     symmetric = all(is_symmetric(t, rows, columns) for t in entry.low_rank)
     for term in entry.low_rank:
@@ -309,9 +356,8 @@ def _low_rank(build: Builder, form: Form) -> Ref:
         if not symmetric:
             rights.append(_side(len(args), len(columns), len(term.rank)))
             args.append((term.right, (*columns, *term.rank), BATCHED))
-    for side in (lefts, weights, *([rights] if rights else [])):
-        parts.append(side[0] if len(side) == 1 else f"saddle.beside({', '.join(side)})")
-    return call(build, f"operators.LowRankPlusDiagonal({', '.join(parts)})", args, (), BATCHED)
+    sides = (lefts, weights, *([rights] if rights else []))
+    return [side[0] if len(side) == 1 else f"saddle.beside({', '.join(side)})" for side in sides]
 
 
 def _side(index: int, axes: int, rank: int) -> str:
@@ -327,61 +373,3 @@ def _side(index: int, axes: int, rank: int) -> str:
 def is_symmetric(term: LowRankTerm, rows: Sequence[Label], columns: Sequence[Label]) -> bool:
     """Whether the right side is the left one."""
     return term.right.rename(dict(zip(columns, rows, strict=True))) == term.left
-
-
-def rank_of(build: Builder, form: Form) -> int:
-    """Number of columns of the joined low-rank factors."""
-    total = 0
-    for term in form.entry.low_rank:
-        size = 1
-        for k in term.rank:
-            size *= build.labels.sizes[k]
-        total += size
-    return total
-
-
-def meta_operator(
-    build: Builder, form: Form, kind: str, dtype: torch.dtype, batch: int = 1
-) -> operators.LinearOperator:
-    """An operator of the same shapes without data: what the cost model looks at."""
-
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty(batch, *sizes, dtype=dtype, device="meta")
-
-    size = form.space.size
-    if kind == "scaled-identity" or kind == "zero":
-        return operators.ScaledIdentity(empty(), size)
-    if kind == "diagonal":
-        return operators.Diagonal(empty(size))
-    if kind == "block-diagonal":
-        sizes = form.space.sizes[0]
-        inside = 1
-        for k, s in enumerate(sizes):
-            inside *= 1 if k in form.shared else s
-        return operators.BlockDiagonal(
-            empty(size // inside, inside, inside), tuple(sizes), tuple(sorted(form.shared))
-        )
-    if kind == "banded" and form.chain is not None:
-        sizes, chain = form.space.sizes[0], form.chain
-        inside = math.prod(sizes[k] for k in _inside(form))
-        count = size // (sizes[chain.axis] * inside)
-        bands = empty(count, 2 * chain.reach + 1, sizes[chain.axis], inside, inside)
-        return operators.Banded(
-            bands, sizes, chain.axis, tuple(sorted(form.shared)), chain.reach, chain.reach
-        )
-    if kind == "kronecker":
-        sizes = form.space.sizes[0]
-        sides = [math.prod(sizes[k] for k in factor.axes) for factor in form.factors]
-        matrices = tuple(empty(side, side) for side in sides)
-        return operators.Kronecker(matrices, tuple(sizes), tuple(factor.axes for factor in form.factors))
-    if kind == "low-rank-plus-diagonal":
-        k = rank_of(build, form)
-        entry = form.entry
-        scalar = entry.diagonal is not None and not entry.diagonal.labels
-        own = form.space.rows[0], form.space.columns[0]
-        symmetric = all(is_symmetric(term, *own) for term in entry.low_rank)
-        right = None if symmetric else empty(size, k)
-        return operators.LowRankPlusDiagonal(empty(1 if scalar else size), empty(size, k), empty(k), right)
-    if kind in ("dense", "block"):
-        return operators.Dense(empty(size, size), symmetric=True)
-    raise Unsupported(f"no operator for the kind {kind}")

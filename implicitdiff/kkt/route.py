@@ -11,26 +11,26 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from implicitdiff import solvers
+from implicitdiff import operators, solvers
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.derivatives.jacobian import JacobianTerm
 from implicitdiff.errors import OptionError
 from implicitdiff.graph.build import Builder, Factor
 from implicitdiff.graph.ir import Label, Ref, Unsupported
-from implicitdiff.kkt import lowering
+from implicitdiff.kkt import patterns, shapes
 from implicitdiff.kkt.grid import meta_grid
 from implicitdiff.memory import over_limit
-from implicitdiff.structure import dependence
+from implicitdiff.structure import dependence, sparse
 from implicitdiff.structure.analyze import classify
-from implicitdiff.structure.forms import Contribution, Entry, Form
+from implicitdiff.structure.forms import Contribution, Entry, Form, SparseTerm
 
 
 @dataclass(frozen=True)
 class Route:
     """How K is solved.
 
-    `name` is one of "unconstrained", "range-space" (S by its labels), "numeric" (S formed from p solves with H) and
-    "full" (K as one matrix).
+    `name` is one of "unconstrained", "range-space" (S by its labels), "numeric" (S formed from p solves with H),
+    "sparse" (K as one sparse matrix) and "full" (K as one dense matrix).
     """
 
     name: str
@@ -46,6 +46,13 @@ class Route:
     dependent: dependence.Dependence | None
     solver: str
     rejected: tuple[tuple[str, str], ...]
+    jacobian: tuple[SparseTerm, ...] = ()
+    """For "sparse": A entry by entry."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether K itself is factored: nothing is left to try where it is singular."""
+        return self.name in ("full", "sparse")
 
 
 def pairs_through(declared: Declared, inverse: dict[int, Ref] | None) -> list[Contribution]:
@@ -126,8 +133,13 @@ STRUCTURED = (
     "cg",
     "schur",
     "schur-cg",
+    "sparse-lu",
 )
 """Solvers that use the form of H; the others are given its dense twin."""
+
+
+SMALLEST_SPARSE = 100
+"""K with fewer rows is factored densely: nothing else is asked."""
 
 
 class RouteFinder:
@@ -147,6 +159,10 @@ class RouteFinder:
                 f"linear_solver='ldl' takes no dependent constraints, and here {dependent.sentences[0]}: "
                 "choose auto or lu"
             )
+        if constrained and linear_solver in ("auto", "sparse-lu") and not self.identity:
+            found = self._sparse(base, linear_solver)
+            if found is not None:
+                return found
         if constrained and (full or linear_solver in ("lu", "ldl") or self._surely_singular(form)):
             reason = (
                 "asked for"
@@ -223,9 +239,16 @@ class RouteFinder:
         operator = (
             meta_grid(form, self.dtype)
             if form.kind == "block"
-            else lowering.meta_operator(self.build, form, form.kind, self.dtype)
+            else shapes.meta_operator(self.build, form, form.kind, self.dtype)
         )
-        choice = solvers.choose(operator, linear_solver, many=constrained)
+        if form.grouped and linear_solver in ("auto", "woodbury", "block-cholesky"):
+            groups = shapes.meta_operator(self.build, form, "grouped", self.dtype)
+            choice = solvers.choose(groups, linear_solver)
+            if choice.solver.name == "woodbury":
+                return "grouped", choice
+        choice = self._or_sparse(form, operator, linear_solver, constrained)
+        if choice.solver.name == "sparse-lu":
+            return "sparse", choice
         structured = choice.solver.name in STRUCTURED
         needed = "" if structured else over_limit("H", operator.size, self.dtype.itemsize)
         if needed and linear_solver == "auto":
@@ -238,9 +261,56 @@ class RouteFinder:
         # a band is written into a dense matrix faster by its operator than term by term
         return (form.kind if structured or form.kind == "banded" else "dense"), choice
 
+    def _or_sparse(
+        self, form: Form, operator: operators.LinearOperator, linear_solver: str, many: bool
+    ) -> solvers.Choice:
+        """The solver of the form, or sparse LU on its entries where that is predicted to be faster."""
+        if not form.pattern or form.kind == "sparse" or linear_solver not in ("auto", "sparse-lu"):
+            return solvers.choose(operator, linear_solver, many=many)
+        entries = solvers.choose(patterns.meta_operator(self.build, form, self.dtype), "sparse-lu")
+        if linear_solver == "sparse-lu":
+            return entries
+        choice = solvers.choose(operator, linear_solver, many=many)
+        ratio = entries.cost.seconds / choice.cost.seconds
+        slower, faster, times = (entries, choice, ratio) if ratio > 1.0 else (choice, entries, 1.0 / ratio)
+        reason = f"predicted to take {times:.1f} times as long as {faster.solver.name}"
+        return replace(faster, rejected=(*choice.rejected, (slower.solver.name, reason)))
+
+    def _sparse(self, base: Route, linear_solver: str) -> Route | None:
+        """K as one sparse matrix, where every term of H is sparse and that is asked for or predicted to be faster."""
+        form = base.hessian
+        if not form.pattern:
+            if (
+                form.kind not in ("diagonal", "scaled-identity", "zero", "banded")
+                or len(form.space.names) > 1
+            ):
+                return None
+            bands = form.entry.tied(len(form.space.rows[0]))
+            form = replace(form, pattern=sparse.of_bands(self.build, form.space, bands))
+        if (
+            linear_solver == "auto"
+            and self.declared.constraint_space.size + form.space.size < SMALLEST_SPARSE
+        ):
+            return None
+        jacobian = patterns.jacobian_terms(self.declared)
+        if jacobian is None:
+            return None
+        if linear_solver == "auto":
+            mine = patterns.kkt_cost(self.declared, form, jacobian, self.dtype).seconds
+            other = patterns.other_cost(
+                self.build, form, self.declared.constraint_space.size, self.dtype
+            ).seconds
+            if mine > other:
+                return None
+        return replace(
+            base, name="sparse", hessian=form, hessian_kind="sparse", solver="sparse-lu", jacobian=jacobian
+        )
+
     def _surely_singular(self, form: Form) -> bool:
         """Whether some variable has no curvature at all."""
         grid = form.grid
+        if form.kind == "sparse":
+            return False
         return any(all(e.empty for e in grid[k]) for k in range(len(grid)))
 
     def _schur(self, form: Form) -> tuple[Form, tuple[Factor, ...], float]:

@@ -6,6 +6,7 @@ is `formula.range_space`, shared with the symbolic route. Next file: `structured
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from implicitdiff import operators, solvers
 from implicitdiff.derivatives.kkt import SymmetricKKT
 from implicitdiff.kkt.formula import Steps, range_space
+from implicitdiff.operators import LinearOperator
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.solvers.base import Factorization, from_columns, to_columns
-from implicitdiff.status import Status
+from implicitdiff.solvers.cholesky import CholeskyFactorization
+from implicitdiff.status import Status, all_ok, is_all_ok
 
 
 def matrix(tensor: Tensor, rows: int, columns: int) -> Tensor:
@@ -59,6 +62,8 @@ def bands(diagonals: Sequence[Tensor], chains: int, inside: int) -> Tensor:
 def merged(*status: Tensor) -> Tensor:
     """One verdict per sample from several: the first that is not OK."""
     batch = max(s.shape[0] for s in status)
+    if all(map(is_all_ok, status)):
+        return all_ok(batch, status[0].device)
     out = status[0].expand(batch)
     for other in status[1:]:
         out = torch.where(out == Status.OK, other.expand(batch), out)
@@ -67,10 +72,9 @@ def merged(*status: Tensor) -> Tensor:
 
 def divided(batch_axis: int, *answers: Tensor) -> Tensor:
     """(B,) int8: SINGULAR where an answer that came by division alone is not finite, for answers (..., B, ...)."""
-    sound = torch.stack([answer.sum() for answer in answers]).isfinite().all()
     batch = max(answer.shape[batch_axis] for answer in answers)
-    status = torch.zeros(batch, dtype=torch.int8, device=answers[0].device)
-    if bool(sound):
+    status = all_ok(batch, answers[0].device)
+    if all(math.isfinite(float(answer.sum())) for answer in answers):
         return status
     for answer in answers:  # a sum may overflow where no term does
         finite = answer.movedim(batch_axis, 0).isfinite().reshape(answer.shape[batch_axis], -1).all(1)
@@ -91,12 +95,33 @@ def vanished(value: Tensor, *terms: Tensor) -> Tensor:
 
 def largest(like: Tensor, *tensors: Tensor) -> Tensor:
     """max |finite entry| of each sample over several tensors (B or 1, ...), (B,)."""
-    out = like.new_zeros(like.shape[:1])
+    full = [tensor for tensor in tensors if tensor.numel()]
+    if not full:
+        return like.new_zeros(like.shape[:1])
+    batch = like.shape[0]
+    sizes = [t.abs().amax(tuple(range(1, t.dim()))) if t.dim() > 1 else t.abs() for t in full]
+    sizes = [size if size.shape[0] == batch else size.expand(batch) for size in sizes]
+    out = sizes[0] if len(sizes) == 1 else torch.stack(sizes).amax(0)
+    if math.isfinite(float(out.sum())):
+        return out
+    out = like.new_zeros(
+        like.shape[:1]
+    )  # some entry is not finite, or the sum has overflowed: entry by entry
     for tensor in tensors:
         if tensor.numel():
             finite = torch.where(torch.isfinite(tensor), tensor.abs(), 0.0)
             out = torch.maximum(out, finite.reshape(tensor.shape[0], -1).amax(1))
     return out
+
+
+def symmetric_part(a: Tensor, b: Tensor) -> Tensor:
+    """(a + b) / 2 of a matrix and its transpose: the matrix itself where it is symmetric, which saves its copy.
+
+    The comparison ends at the first entries that differ. Of shapes without data the ordinary case is counted.
+    """
+    if a.shape == b.shape and (a.is_meta or torch.equal(a, b)):
+        return a
+    return torch.lerp(a, b, 0.5)
 
 
 BLOCK_BYTES = 2**19
@@ -146,6 +171,9 @@ def anchor_weight(curvature: Tensor, slope: Tensor) -> Tensor:
 class RangeSpace:
     """K solved through S = A H^-1 A' with H factored: S is formed densely from p solves.
 
+    Where H = L L', S = G'G with G = L^-1 A': half the solves, and symmetric as it stands. The samples in which H is not
+    positive definite are a `RangeSpace` of their own.
+
     Attributes:
         status: (B,) int8, of both factorisations.
     """
@@ -159,17 +187,51 @@ class RangeSpace:
     ) -> None:
         """Factors S + D; `null_vectors` (p,) are the proved dependences between the rows of A, `corner` (B, p) is D."""
         self.factor, self.jacobian, self.corner = factor, jacobian, corner
-        inverse = factor.solve(jacobian.transpose(0, 1))
-        schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
-        if corner is not None:
-            schur = with_diagonal(schur, corner)
-        dense = operators.Dense((schur + schur.mT) / 2, symmetric=True)
-        whole = operators.Block(((dense,),), (dense.size,), null_vectors=null_vectors)
-        self.schur = solvers.Cholesky().factor(whole if null_vectors else dense)
+        self.lower: Tensor | None = None
+        own = factor if isinstance(factor, CholeskyFactorization) else None
+        if own is None or null_vectors or corner is not None or len(own.lower) != len(jacobian):
+            own = None
+            inverse = factor.solve(jacobian.transpose(0, 1))
+            schur = torch.einsum("bpm,qbm->bpq", jacobian.expand(inverse.shape[1], -1, -1), inverse)
+            if corner is not None:
+                schur = with_diagonal(schur, corner)
+            schur = (schur + schur.mT) / 2
+        else:
+            self.lower = own.lower
+            self.half = torch.linalg.solve_triangular(own.lower, jacobian.mT, upper=False)
+            schur = self.half.mT @ self.half
+        whole: LinearOperator = operators.Dense(schur, symmetric=True)
+        if null_vectors:
+            whole = operators.Block(((whole,),), (whole.size,), null_vectors=null_vectors)
+        self.schur = solvers.Cholesky().factor(whole)
         self.status = merged(factor.status, self.schur.status)
+        self.rest: tuple[Tensor, RangeSpace] | None = None
+        if own is not None and own.rest is not None:
+            samples, others = own.rest
+            self.rest = samples, RangeSpace(others, jacobian[samples])
+            self.status = self.status.index_copy(0, samples, self.rest[1].status)
+
+    @property
+    def definite(self) -> Tensor | None:
+        """Where H was proved positive definite, (B,)."""
+        return self.factor.definite
 
     def solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(w, s) with H w - A's = a and -A w = b, for a (..., B, m), b (..., B, p)."""
+        w, s = self._solve(a, b)
+        if self.rest is None:
+            return w, s
+        samples, rest = self.rest
+        own_w, own_s = rest.solve(a[..., samples, :], b[..., samples, :])
+        return w.index_copy(-2, samples, own_w), s.index_copy(-2, samples, own_s)
+
+    def _solve(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if self.lower is not None and a.dim() == 2 and a.shape[0] == self.lower.shape[0]:
+            # S s = -(b + G'd) with d = L^-1 a, then L'w = d + G s; rows on the left of a matrix are faster
+            reduced = torch.linalg.solve_triangular(self.lower, a[:, :, None], upper=False).mT
+            s = self.schur.solve(torch.baddbmm(b[:, None], reduced, self.half).neg_()[:, 0])
+            reduced = torch.baddbmm(reduced, s[:, None], self.half.mT)
+            return torch.linalg.solve_triangular(self.lower.mT, reduced.mT, upper=True)[:, :, 0], s
         steps = Steps(
             inverse=self.factor.solve,
             constrain=lambda x: (self.jacobian @ x[..., None])[..., 0],

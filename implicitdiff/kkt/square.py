@@ -18,7 +18,7 @@ from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, Label, Ref, Unsupported
 from implicitdiff.graph.maps import Place
 from implicitdiff.graph.values import shape
-from implicitdiff.kkt import lowering
+from implicitdiff.kkt import lowering, shapes
 from implicitdiff.kkt.grid import grid_cell, meta_grid
 from implicitdiff.kkt.route import STRUCTURED, Route
 from implicitdiff.memory import over_limit
@@ -245,7 +245,7 @@ def _route(build: Builder, form: Form, linear_solver: str, dtype: torch.dtype) -
     if form.kind == "block":
         operator: operators.LinearOperator = meta_grid(form, dtype)
     else:
-        operator = lowering.meta_operator(build, form, form.kind, dtype)
+        operator = shapes.meta_operator(build, form, form.kind, dtype)
     choice = solvers.choose(operators.general(operator), linear_solver, definite=False)
     structured = choice.solver.name in (*STRUCTURED, "gmres") or form.kind == "banded"
     needed = "" if structured else over_limit("J", operator.size, dtype.itemsize)

@@ -7,13 +7,14 @@ Next file: `structured/plan.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from implicitdiff.derivatives.declared import Declared
 from implicitdiff.graph.calls import call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
-from implicitdiff.kkt import lowering
+from implicitdiff.kkt import lowering, patterns
 from implicitdiff.kkt.formula import Steps, range_space
 from implicitdiff.kkt.grid import grid_operator
 from implicitdiff.kkt.route import RouteFinder
@@ -66,27 +67,33 @@ class SymbolicKKT:
         """The factorisation that `solve` works with, the same node in every solve; None where H is only divided by."""
         if self.route.name == "unconstrained":
             return None if self._divides else self._hessian_factor()
+        if self._schur_numbers is not None:
+            return None
         return self._schur_factor() if self.route.name == "range-space" else self._system()
 
     def product(self, w: Refs, s: Refs) -> tuple[Refs, Refs]:
-        """K (w, s) = (H w - A's, -A w), H by its form: what the probe tests."""
+        """K (w, s) = (H w - A's, -A w - D s), H by its form: what the probe tests."""
+        curved, pulled, constrained = self.terms(w, s, STACKED)
+        build = self.build
+        return (
+            [build.minus(p, q) for p, q in zip(curved, pulled, strict=True)],
+            [build.scale(-1.0, build.plus(x, y)) for x, y in zip(constrained, self._corner(s), strict=True)],
+        )
+
+    def terms(self, w: Refs, s: Refs, prefix: int) -> tuple[Refs, Refs, Refs]:
+        """H w, A's and A w, one ref a variable or constraint."""
         build, form = self.build, self.route.hessian
         space = form.space
         operator = lowering.operator(build, form)
-        flat = lowering.pack(build, space, w, space.rows, STACKED)
+        flat = lowering.pack(build, space, w, space.rows, prefix)
         multiplied = call(
-            build, "{0}.matvec({1})", [(operator, (), -1), (flat, flat.labels, STACKED)], flat.labels, STACKED
+            build, "{0}.matvec({1})", [(operator, (), -1), (flat, flat.labels, prefix)], flat.labels, prefix
         )
-        parts = lowering.unpack(build, space, multiplied, space.rows, [None] * len(space.names))
-        pulled = self._spread(s)
-        held = self._corner(s)
-        return (
-            [build.minus(p, q) for p, q in zip(parts, pulled, strict=True)],
-            [build.scale(-1.0, build.plus(x, y)) for x, y in zip(self._constrain(w), held, strict=True)],
-        )
+        curved = lowering.unpack(build, space, multiplied, space.rows, [None] * len(space.names))
+        return curved, self._spread(s), self._constrain(w)
 
-    def least_squares(self, slope: Refs) -> tuple[Refs, Ref]:
-        """lam with A A' lam = A slope (for the route of the identity), and its status."""
+    def least_squares(self, slope: Refs) -> tuple[Refs, Refs]:
+        """lam with A A' lam = A slope (for the route of the identity), and its status, if something was factored."""
         return self._schur_solve(self._constrain(slope), BATCHED)
 
     @property
@@ -127,7 +134,7 @@ class SymbolicKKT:
 
         def schur(rhs: Refs) -> Refs:
             solution, verdict = self._schur_solve(rhs, prefix)
-            status.append(verdict)
+            status.extend(verdict)
             return solution
 
         def add(x: Refs, y: Refs) -> Refs:
@@ -206,7 +213,20 @@ class SymbolicKKT:
         """D y, one ref a constraint."""
         return [self.build.times(d, p) for d, p in zip(self._corners(), y, strict=True)]
 
-    def _schur_solve(self, rhs: Refs, prefix: int) -> tuple[Refs, Ref]:
+    @cached_property
+    def _schur_numbers(self) -> list[float] | None:
+        """The diagonal of S without its common factor, where that is a number for each constraint; else None."""
+        form = self.route.schur
+        if form is None or form.kind not in ("diagonal", "scaled-identity"):
+            return None
+        if self.route.schur_solver != "Divide":
+            return None
+        entries = [row[k].diagonal for k, row in enumerate(form.grid)]
+        numbers = [None if entry is None else self.build.as_number(entry) for entry in entries]
+        known = [number for number in numbers if number]
+        return known if len(known) == len(numbers) else None
+
+    def _schur_solve(self, rhs: Refs, prefix: int) -> tuple[Refs, Refs]:
         """S^-1 rhs; the common factor of S is divided out of the right-hand side, where it usually cancels."""
         build, route = self.build, self.route
         form = route.schur
@@ -214,11 +234,12 @@ class SymbolicKKT:
         space = form.space
         inverse = [(ref, -power) for ref, power in route.common]
         scaled = [build.mul([(r, 1.0), *inverse], 1.0 / route.common_coefficient) for r in rhs]
+        if self._schur_numbers is not None:
+            return [build.scale(1.0 / n, r) for n, r in zip(self._schur_numbers, scaled, strict=True)], []
         factor = self._schur_factor()
         flat = lowering.solve(build, factor, lowering.pack(build, space, scaled, space.rows, prefix))
-        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), lowering.status_of(
-            build, factor
-        )
+        status = [lowering.status_of(build, factor)]
+        return lowering.unpack(build, space, flat, space.rows, [None] * len(space.names)), status
 
     def _schur_factor(self) -> Ref:
         """The factorisation of S, one call however often it is asked for."""
@@ -243,6 +264,11 @@ class SymbolicKKT:
     def _system(self) -> Ref:
         """K by numbers: H structured or dense, A written out."""
         build, space = self.build, self.route.hessian.space
+        if self.route.name == "sparse":
+            null = ", null_vectors" if self.route.dependent is not None else ""
+            matrix = patterns.kkt_operator(self.declared, self.route.hessian, self.route.jacobian)
+            text = f"entries.SparseKKT({{0}}, {space.size}{null})"
+            return call(build, text, [(matrix, (), -1)], (), BATCHED, "kkt")
         jacobian = jacobian_matrix(self.declared, space.columns)
         args: list[tuple[Ref, Sequence[Label], int]] = [(jacobian, jacobian.labels, BATCHED)]
         corner = ""

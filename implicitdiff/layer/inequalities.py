@@ -17,6 +17,7 @@ from torch import Tensor
 from implicitdiff.autograd import Call, ImplicitFunction
 from implicitdiff.autograd.call import fold, own, undisturbed, unfold
 from implicitdiff.autograd.opaque import Flags, OpaqueStep
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian, sum_of_products
 from implicitdiff.failures import filled
 from implicitdiff.inputs import check_finite
@@ -39,7 +40,9 @@ class Known:
         """The leaves handed over, in their roles."""
         assert start is not None
         split = call.variables + call.multipliers
-        return Solved(tuple(start[: call.variables]), tuple(start[call.variables : split]), *start[split:])
+        status, iterations, residual = start[split:]
+        u, multipliers = tuple(start[: call.variables]), tuple(start[call.variables : split])
+        return Solved(u, multipliers, status, iterations, residual)
 
     def handle(self, call: Call) -> int:
         """The number of the call; see `Forward.handle`."""
@@ -55,6 +58,7 @@ class Solved:
     status: Tensor
     iterations: Tensor
     residual: Tensor
+    factor: KKTFactor | None = None
 
 
 @dataclass(frozen=True)

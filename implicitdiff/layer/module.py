@@ -73,7 +73,6 @@ class DeclarativeLayer(torch.nn.Module):
             tie: at a weakly active inequality or bound (active, with a multiplier of 0) u has two one-sided
                 derivatives: "inactive" takes that of the constraint left out, "active" that of it kept as an equality,
                 "average" the mean of both.
-
             kkt: what the backward pass does about the KKT system beside solving with it: derivatives of least norm for
                 minimisers that are not unique, a trust region, refinement, float64 inside; None: nothing.
 

@@ -44,6 +44,8 @@ class Options:
             raise OptionError(f"kkt={self.kkt!r}: give an idf.KKTOptions, or None")
         if self.compile and self.backward != "auto":
             not_compiled(f"backward={self.backward!r} is no emitted pass; use backward='auto'")
+        if not isinstance(self.kkt, KKTOptions):
+            raise OptionError(f"kkt={self.kkt!r}: give an idf.KKTOptions, or None")
         if self.tie not in TIES:
             raise OptionError(f"tie={self.tie!r} does not exist; choose one of {', '.join(TIES)}")
         if self.optimizer is not None and not callable(getattr(self.optimizer, "minimize", None)):

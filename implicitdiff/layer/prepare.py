@@ -37,7 +37,13 @@ from implicitdiff.plan import Plan, plan_for, with_batched
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.pytrees import Spec, flatten_like, unflatten
 from implicitdiff.records import open_records
-from implicitdiff.torch_private import autocast_enabled, is_recorded, pytree, without_saved_tensor_hooks
+from implicitdiff.torch_private import (
+    autocast_anywhere,
+    autocast_enabled,
+    is_recorded,
+    pytree,
+    without_saved_tensor_hooks,
+)
 
 Leaves = tuple[Tensor, ...]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -191,12 +197,6 @@ class Prepared:
         count = len(self.plan.trace.variables)
         return Outputs(tuple(outputs[:count]), tuple(outputs[count:-3]), *outputs[-3:])
 
-    def value(self, u: Leaves) -> Tensor:
-        """The objective at u, (B,), differentiable: the traced function on the differentiable solution."""
-        if self.bound.batch == 0:
-            return u[0].new_zeros(0)
-        return self.call().lagrangian.objective(u, self.theta)
-
     def solution(self, outputs: Outputs, value: Tensor | None) -> Solution:
         """The leaves in the user's structures, without batch axis if none came in."""
         trace = self.plan.trace
@@ -328,6 +328,8 @@ def _full_precision(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], torch.dtype
     Inputs that are all float64 stay, as torch's own casts leave them. u goes back to the inputs' common half
     precision; where they differ it stays float32.
     """
+    if not autocast_anywhere():
+        return tuple(inputs), None
     leaves, spec = pytree.tree_flatten(tuple(inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors or not autocast_enabled(tensors[0].device.type):

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
+from implicitdiff.autograd.envelope import Envelope
 from implicitdiff.layer.inequalities import apply_located, located, with_bound_multipliers
-from implicitdiff.layer.prepare import Prepared
+from implicitdiff.layer.prepare import Outputs, Prepared
 from implicitdiff.layer.unrolled import run_unrolled
 from implicitdiff.problem import Solution
 from implicitdiff.torch_private import without_autocast
@@ -26,8 +29,22 @@ def run(prepared: Prepared, *, with_value: bool) -> Solution:
             prepared = outputs.call or prepared
         else:
             outputs = prepared.apply()
-        value = prepared.value(outputs.u) if with_value and not prepared.problem.square else None
+        value = _value(prepared, outputs) if with_value and not prepared.problem.square else None
         solution = prepared.solution(outputs, value)
         if with_value and prepared.plan.trace.limited:
             return with_bound_multipliers(prepared, outputs, solution)
         return solution
+
+
+def _value(prepared: Prepared, outputs: Outputs) -> Tensor:
+    """The objective at u, (B,), differentiable by the envelope theorem, without a solve (see `Envelope`).
+
+    An unrolled solver is differentiated itself, and so is the objective at what it returns.
+    """
+    if prepared.bound.batch == 0:
+        return outputs.u[0].new_zeros(0)
+    lagrangian = prepared.call().lagrangian
+    if prepared.options.backward == "unrolled":
+        return lagrangian.objective(outputs.u, prepared.theta)
+    found: Tensor = Envelope.apply(lagrangian, *outputs.u, *outputs.multipliers, *prepared.theta)
+    return found

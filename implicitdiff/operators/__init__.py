@@ -12,11 +12,14 @@ from implicitdiff.operators.block_diagonal import BlockDiagonal
 from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
 from implicitdiff.operators.general import general
+from implicitdiff.operators.grouped_low_rank import GroupedLowRank
 from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.low_rank import LowRankPlusDiagonal
+from implicitdiff.operators.low_rank_update import LowRankUpdate
 from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.samples import select_samples
 from implicitdiff.operators.scaled_identity import ScaledIdentity
+from implicitdiff.operators.sparse import Sparse
 from implicitdiff.operators.sum import Sum, simplified
 from implicitdiff.operators.zero import Zero
 
@@ -27,11 +30,14 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "GroupedLowRank",
     "Kronecker",
     "LinearOperator",
     "LowRankPlusDiagonal",
+    "LowRankUpdate",
     "MatrixFree",
     "ScaledIdentity",
+    "Sparse",
     "Sum",
     "Zero",
     "general",

@@ -11,7 +11,9 @@ from torch import Tensor
 from implicitdiff.operators.base import LinearOperator
 from implicitdiff.operators.block import Block
 from implicitdiff.operators.kronecker import Kronecker
+from implicitdiff.operators.low_rank_update import LowRankUpdate
 from implicitdiff.operators.matrix_free import MatrixFree
+from implicitdiff.operators.sparse import Sparse
 from implicitdiff.operators.zero import Zero
 
 
@@ -43,6 +45,30 @@ def _select_block(operator: Block, samples: Tensor) -> Block:
         return block if block is None or block.shape[0] == 1 else block[samples]
 
     return dataclasses.replace(operator, blocks=tuple(tuple(map(pick, row)) for row in operator.blocks))
+
+
+@select_samples.register
+def _select_sparse(operator: Sparse, samples: Tensor) -> Sparse:
+    values = operator.values if operator.values.shape[0] == 1 else operator.values[samples]
+    if len(operator.patterns) == 1:
+        return dataclasses.replace(operator, values=values)
+    patterns = tuple(operator.patterns[b] for b in samples.tolist())
+    widest = max((len(p) for p in patterns), default=0)
+    return dataclasses.replace(operator, values=values[:, :widest], patterns=patterns)
+
+
+@select_samples.register
+def _select_update(operator: LowRankUpdate, samples: Tensor) -> LowRankUpdate:
+    def pick(factor: Tensor) -> Tensor:
+        return factor if factor.shape[0] == 1 else factor[samples]
+
+    return dataclasses.replace(
+        operator,
+        base=select_samples(operator.base, samples),
+        left=pick(operator.left),
+        weights=pick(operator.weights),
+        right=None if operator.right is None else pick(operator.right),
+    )
 
 
 @select_samples.register

@@ -15,6 +15,8 @@ from implicitdiff.optimizers.limited import takes_matrices
 from implicitdiff.optimizers.newton import Newton
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Problem
+from implicitdiff.structured.plan import StructuredPlan
+from implicitdiff.structured.quadratic import proved
 
 MANY_VARIABLES = 2000
 """Where L-BFGS and one Newton step begin to cost less than Newton's method alone: measured with one thread in float32
@@ -43,6 +45,11 @@ def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, s
         ), "steps are cheap; Newton's method where they do not contract, and at the end"
     if plan.trace.square:
         return Newton(), f"few steps, each by the solver of the backward pass ({plan.analysis.solver})"
+    if isinstance(plan, StructuredPlan) and proved(plan) is not None:
+        return (
+            Newton(),
+            "quadratic: one linear system, and Newton's method where its H is not positive definite",
+        )
     m = sum(math.prod(variable.shape) for variable in plan.trace.variables)
     if plan.trace.limited:
         return InteriorPoint(), limited_reason(plan)

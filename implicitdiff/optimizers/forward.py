@@ -5,12 +5,14 @@ recorded for autograd. Next: optimality.py judges the points, failures.py acts o
 the user's hooks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.errors import OptionError, ProblemDefinitionError
 from implicitdiff.failures import OnFailure, enforce, failed, validate_policy
 from implicitdiff.inputs import Bound
@@ -19,6 +21,7 @@ from implicitdiff.optimizers.default import default_optimizer, optimizer_name
 from implicitdiff.optimizers.equations import require_equations
 from implicitdiff.optimizers.hooks import batch_of, initial_leaves, run_solve, takes_start
 from implicitdiff.optimizers.iterate import Optimizer, System, pack
+from implicitdiff.optimizers.quadratic import Solved, solve_quadratic
 from implicitdiff.optimizers.returned import Proposal, check_start
 from implicitdiff.plan import Plan
 from implicitdiff.problem import Problem
@@ -40,6 +43,7 @@ class ForwardResult:
         residual: The larger of |D_u L|_inf and |h|_inf over the terms that cancel in it (B,); optimal means
             <= tol.
         failed: Samples without a usable solution (B,) bool, for on_failure "nan" and "zero".
+        factor: K at this very solution, factored, where the forward pass has it.
     """
 
     u: Leaves
@@ -48,6 +52,7 @@ class ForwardResult:
     iterations: Tensor
     residual: Tensor
     failed: Tensor
+    factor: KKTFactor | None = None
 
 
 def solve_forward(
@@ -102,6 +107,9 @@ def solve_forward(
                 )
             proposal = run_solve(problem, plan, bound, theta, batch, start)
             return _judge_proposal(problem, plan, theta, proposal, allowed, policy)
+        solved = solve_quadratic(plan, theta, batch, allowed) if optimizer is None else None
+        if solved is not None and solved.good is None:
+            return _direct(solved)
         chosen = default_optimizer(problem, plan)[0] if optimizer is None else optimizer
         if chosen is None or not callable(getattr(chosen, "minimize", None)):
             raise OptionError(
@@ -116,7 +124,34 @@ def solve_forward(
                     "declare init(self, *inputs), or give init= to this call"
                 )
             start = initial_leaves(problem, plan, bound, theta, batch)
-        return _run_optimizer(plan, theta, start, chosen, allowed, policy)
+        found = _run_optimizer(plan, theta, start, chosen, allowed, policy)
+        return found if solved is None else _mixed(solved, found)
+
+
+def _mixed(solved: Solved, found: ForwardResult) -> ForwardResult:
+    """The good samples of a quadratic problem as if they were alone, the others as the optimizer left them."""
+    good, direct = solved.good, _direct(solved)
+    assert good is not None
+
+    def pick(mine: Tensor, theirs: Tensor) -> Tensor:
+        return torch.where(good.reshape(-1, *(1,) * (mine.dim() - 1)), mine, theirs)
+
+    return ForwardResult(
+        tuple(map(pick, direct.u, found.u)),
+        tuple(map(pick, direct.multipliers, found.multipliers)),
+        pick(direct.status, found.status),
+        pick(direct.iterations, found.iterations),
+        pick(direct.residual, found.residual),
+        found.failed & ~good,
+    )
+
+
+def _direct(solved: Solved) -> ForwardResult:
+    """The result of a quadratic problem whose samples are all OK."""
+    status = torch.zeros_like(solved.residual, dtype=torch.int8)
+    lost = torch.zeros_like(status, dtype=torch.bool)
+    u, lam = solved.u, solved.multipliers
+    return ForwardResult(u, lam, status, solved.solves, solved.residual, lost, solved.factor)
 
 
 def _judge_proposal(
@@ -129,15 +164,18 @@ def _judge_proposal(
         else proposal.multipliers
     )
     found = check(plan, proposal.u, lam, theta, tol)
-    status = found.status if proposal.status is None else agreed(found.status, proposal.status)
-    found = replace(found, status=status)
+    status = found.status
+    if proposal.status is not None:
+        status = agreed(found.status, proposal.status)
+        found = replace(found, status=status, all_ok=False)
     hint = ""
-    if proposal.multipliers and bool((status == int(Status.NOT_OPTIMAL)).any()):
+    if proposal.multipliers and not found.all_ok and bool((status == int(Status.NOT_OPTIMAL)).any()):
         hint = _multiplier_hint(plan, proposal.u, lam, theta, found)
     status = enforce(found, policy, f"solve of {type(problem).__name__}", hint)
     unknown = torch.full_like(status, -1, dtype=torch.int64)
     iterations = unknown if proposal.iterations is None else proposal.iterations
-    return ForwardResult(proposal.u, lam, status, iterations, found.residuals.relative, failed(status))
+    lost = torch.zeros_like(status, dtype=torch.bool) if found.all_ok else failed(status)
+    return ForwardResult(proposal.u, lam, status, iterations, found.residuals.relative, lost)
 
 
 def estimate_multipliers(plan: Plan, u: Leaves, theta: Leaves) -> Leaves:
@@ -150,6 +188,8 @@ def estimate_multipliers(plan: Plan, u: Leaves, theta: Leaves) -> Leaves:
     if plan.trace.equality is None:
         return ()
     lam = plan.multipliers(u, theta)
+    if all(math.isfinite(float(leaf.sum())) for leaf in lam):
+        return lam
     finite = torch.stack(
         [torch.isfinite(leaf).flatten(1).all(1) if leaf.dim() > 1 else leaf.isfinite() for leaf in lam]
     )

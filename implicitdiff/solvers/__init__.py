@@ -18,6 +18,7 @@ from implicitdiff.solvers.pseudo_inverse import PseudoInverse
 from implicitdiff.solvers.schur import Schur
 from implicitdiff.solvers.schur_cg import SchurConjugateGradients
 from implicitdiff.solvers.select import PLANNED, SOLVERS, Choice, choose, solver_named
+from implicitdiff.solvers.sparse_lu import SparseLU
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
@@ -40,6 +41,7 @@ __all__ = [
     "PseudoInverse",
     "Schur",
     "SchurConjugateGradients",
+    "SparseLU",
     "Tridiagonal",
     "Woodbury",
     "choose",

@@ -124,7 +124,8 @@ class ColumnFactorization(Factorization):
     def _by_columns(self, rhs: Tensor, solving: Callable[[Tensor], Tensor]) -> Tensor:
         own = self.status.shape[0]
         batch = rhs.shape[-2] if own == 1 else own
-        rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
+        if rhs.shape[-2] != batch:
+            rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
         solution = from_columns(solving(to_columns(rhs, own)), rhs.shape)
         return solution if self.lost is None else blank(solution, rhs, self.lost)
 
@@ -201,6 +202,17 @@ def from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
     if rows.shape[0] == 1 or len(shape) == 2:
         return rows.reshape(shape)
     return rows.movedim(1, 0).reshape(shape)
+
+
+def numbers(*values: Tensor) -> list[float] | None:
+    """Return the numbers in tensors without axes, read at once; None where there are shapes only (meta tensors).
+
+    Who asks takes None for the ordinary case, so that costs are counted from shapes.
+    """
+    if values[0].is_meta:
+        return None
+    found: list[float] = torch.stack(values).tolist() if len(values) > 1 else [float(values[0].item())]
+    return found
 
 
 def blank(solution: Tensor, rhs: Tensor, lost: Tensor) -> Tensor:

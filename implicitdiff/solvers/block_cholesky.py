@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from implicitdiff.operators import BlockDiagonal, LinearOperator
+from implicitdiff.operators import BlockDiagonal, GroupedLowRank, LinearOperator
 from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver, blank
 from implicitdiff.solvers.cholesky import CholeskyFactorization
 from implicitdiff.solvers.lu import LUFactorization
@@ -62,22 +62,29 @@ class BlockCholesky(LinearSolver):
         """Refuse every kind but block-diagonal."""
         return (
             None
-            if isinstance(operator, BlockDiagonal)
+            if isinstance(operator, BlockDiagonal | GroupedLowRank)
             else f"the matrix is {operator.kind}, not block-diagonal"
         )
 
     def cost(self, operator: LinearOperator) -> Cost:
         """1/3 s^3 flops a block to factor, 2 s^2 to solve; the factors beside the blocks."""
-        assert isinstance(operator, BlockDiagonal)
-        batch, number, inside, _ = operator.blocks.shape
+        extra = 0
+        if isinstance(operator, GroupedLowRank):
+            batch, (number, inside, rank) = operator.batch, operator.left.shape[1:]
+            extra = 2 * batch * number * inside**2 * rank  # the blocks are written down first
+        else:
+            assert isinstance(operator, BlockDiagonal)
+            batch, number, inside, _ = operator.blocks.shape
         entries, vectors, item = batch * number * inside**2, batch * operator.size, operator.dtype.itemsize
         return Cost(
-            entries * (inside + 6) // 3,
+            entries * (inside + 6) // 3 + extra,
             (4 * entries + 6 * vectors) * item,
             (entries + 3 * vectors) * item,
             14 + batch * number * inside // PANEL,
         )
 
     def _factor(self, operator: LinearOperator) -> BlockFactorization:
+        if isinstance(operator, GroupedLowRank):
+            operator = operator.written()
         assert isinstance(operator, BlockDiagonal)
         return BlockFactorization(operator)

@@ -29,7 +29,7 @@ from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
 from implicitdiff.solvers.iteration import STEP_OPERATIONS, step_tolerance
 from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.low_rank_cg import low_rank_cost, low_rank_iteration
-from implicitdiff.status import Status
+from implicitdiff.status import Status, all_ok
 
 
 @singledispatch
@@ -105,7 +105,7 @@ class ConjugateGradientsFactorization(Factorization):
         self._tolerance = tolerance
         self._limit = limit
         self._kernel = Kernel.of(operator)
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.status = all_ok(operator.batch, operator.device)
         self.steps = 0
         diagonal = matrix_diagonal(operator)
         self._preconditioner: Tensor | float = 1.0

@@ -4,17 +4,19 @@ In: a symmetric operator that can be written down. Out: ``Cholesky``, ``Cholesky
 block-diagonal and Schur solvers use too. Next file: ``block_cholesky.py``.
 """
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicitdiff.operators import LinearOperator
-from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver
+from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver, numbers
 from implicitdiff.solvers.condition import inverse_norm, reciprocal_condition, singular_level, suspicion_level
 from implicitdiff.solvers.formation import dense_rejection, formation_cost
 from implicitdiff.solvers.kernel import factor_off_kernel
 from implicitdiff.solvers.lu import LUFactorization
+from implicitdiff.status import all_ok
 
 
 class CholeskyFactorization(ColumnFactorization):
@@ -37,18 +39,19 @@ class CholeskyFactorization(ColumnFactorization):
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         if original_diagonal is not None:
             diagonal = torch.maximum(diagonal, original_diagonal)
+        self._factor = factor
+        self._others: Tensor | None = None
+        self._regular: Tensor | None = None
+        self.status = all_ok(matrix.shape[0], matrix.device)
+        if _is_plainly_sound(pivots, diagonal, info):
+            return
         smallest = (
             (pivots / diagonal.sqrt()).amin(-1).square()
             if pivots.shape[-1]
             else torch.ones_like(pivots.sum(-1))
         )
         sound = (info == 0) & (smallest > suspicion_level(matrix.dtype))
-        self._factor = factor
-        self.status = torch.zeros_like(info, dtype=torch.int8)
-        self.definite = sound
-        self._others: Tensor | None = None
-        if bool(sound.all()):
-            return
+        self._regular = sound
         suspects = ((info == 0) & (smallest > 0) & ~sound).nonzero()[:, 0]
         if len(suspects):
             sound[suspects] = _is_regular(matrix[suspects], factor[suspects], diagonal[suspects].sqrt())
@@ -59,6 +62,7 @@ class CholeskyFactorization(ColumnFactorization):
         magnitude = rest.abs()
         magnitude.diagonal(dim1=-2, dim2=-1).copy_(diagonal[self._others].abs())
         self._fallback = LUFactorization(rest, symmetric=True, magnitude=magnitude)
+        self.status = torch.zeros_like(info, dtype=torch.int8)
         self.status[self._others] = self._fallback.status
         if self._fallback.lost is not None:
             self.lost = torch.zeros_like(sound)
@@ -66,12 +70,39 @@ class CholeskyFactorization(ColumnFactorization):
         # The triangular solves below run over the whole batch: keep these samples free of inf and NaN.
         factor[self._others] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
+    @cached_property
+    def definite(self) -> Tensor:  # type: ignore[override]
+        """Whether a sample was proved positive definite, (B,)."""
+        return torch.ones_like(self.status, dtype=torch.bool) if self._regular is None else self._regular
+
+    @property
+    def lower(self) -> Tensor:
+        """L of A = L L', (B, m, m); the identity in the samples of ``rest``."""
+        return self._factor
+
+    @property
+    def rest(self) -> tuple[Tensor, Factorization] | None:
+        """The samples (n,) that are not positive definite and their own factorisation; None where all are."""
+        return None if self._others is None else (self._others, self._fallback)
+
     def solve_columns(self, columns: Tensor) -> Tensor:
         """Return the solutions (B, m, C); 2 m^2 flops a column."""
         solution = _solve_cholesky(self._factor, columns)
         if self._others is not None:
             solution[self._others] = self._fallback.solve_columns(columns[self._others])
         return solution
+
+
+def _is_plainly_sound(pivots: Tensor, diagonal: Tensor, info: Tensor) -> bool:
+    """Whether no pivot of any sample is suspicious: l_ii^2 > sqrt(eps) a_ii, in few operations.
+
+    A NaN anywhere in the pivots or in the diagonal makes it False.
+    """
+    if not pivots.numel():
+        return False
+    margin = torch.addcmul(diagonal, pivots, pivots, value=-1.0 / suspicion_level(pivots.dtype)).amax()
+    read = numbers(margin)
+    return (read is None or read[0] < 0) and not bool(info.any())
 
 
 def _solve_cholesky(factor: Tensor, columns: Tensor) -> Tensor:

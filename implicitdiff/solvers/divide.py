@@ -3,15 +3,16 @@
 In: a diagonal matrix, or a multiple of the identity. Out: ``Divide``. Next file: ``condition.py``.
 """
 
-from functools import singledispatch
+import math
+from functools import cached_property, singledispatch
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicitdiff.operators import Diagonal, LinearOperator, ScaledIdentity, Zero
-from implicitdiff.solvers.base import Cost, Factorization, LinearSolver
-from implicitdiff.status import Status
+from implicitdiff.solvers.base import Cost, Factorization, LinearSolver, numbers
+from implicitdiff.status import Status, all_ok
 
 
 @singledispatch
@@ -40,6 +41,14 @@ def unusable(diagonal: Tensor) -> Tensor:
     return ~torch.isfinite(diagonal) | (diagonal == 0)
 
 
+def all_positive(diagonal: Tensor) -> bool:
+    """Return whether all entries of all samples are positive and finite: one pass, two numbers read."""
+    if not diagonal.numel():
+        return False
+    read = numbers(*torch.aminmax(diagonal))
+    return read is None or (read[0] > 0 and read[1] < math.inf)  # a NaN is in both
+
+
 def examine(diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """Return which samples have an unusable entry and which have positive entries only, both (B,) bool."""
     # One pass settles the normal case, in which all entries are positive.
@@ -59,10 +68,20 @@ class DiagonalFactorization(Factorization):
 
     def __init__(self, diagonal: Tensor) -> None:
         """Keep the diagonal, (B, m) or (B, 1)."""
-        bad, self.definite = examine(diagonal)
         self._diagonal = diagonal
+        self._bad: Tensor | None = None
+        self.status = all_ok(diagonal.shape[0], diagonal.device)
+        self._positive: Tensor | None = None
+        if all_positive(diagonal):
+            return
+        bad, self._positive = examine(diagonal)
         self._bad = bad[:, None] if bool(bad.any()) else None
         self.status = torch.where(bad, int(Status.SINGULAR), int(Status.OK)).to(torch.int8)
+
+    @cached_property
+    def definite(self) -> Tensor:  # type: ignore[override]
+        """Whether all entries of a sample are positive and finite, (B,)."""
+        return torch.ones_like(self.status, dtype=torch.bool) if self._positive is None else self._positive
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return rhs / d, (..., B, m)."""

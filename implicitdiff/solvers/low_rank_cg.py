@@ -24,6 +24,7 @@ from implicitdiff.solvers.iteration import (
     step_tolerance,
 )
 from implicitdiff.solvers.woodbury import Woodbury
+from implicitdiff.status import all_ok
 
 
 def direct_solver(operator: LowRankPlusDiagonal) -> LinearSolver | None:
@@ -57,7 +58,7 @@ class LowRankIteration(Factorization):
                 if len(positive) == 1 or bool(self._unfit.all()):
                     self._whole = direct.factor(operator)
         self.steps = 0
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.status = all_ok(operator.batch, operator.device)
         if self._whole is not None:
             self.status = self._whole.status
 

@@ -20,7 +20,15 @@ from implicitdiff.operators import (
     select_samples,
 )
 from implicitdiff.operators.products import batched_matvec, weighted_product
-from implicitdiff.solvers.base import PANEL, ColumnFactorization, Cost, Factorization, LinearSolver, blank
+from implicitdiff.solvers.base import (
+    PANEL,
+    ColumnFactorization,
+    Cost,
+    Factorization,
+    LinearSolver,
+    blank,
+    numbers,
+)
 from implicitdiff.solvers.cholesky import CholeskyFactorization
 from implicitdiff.solvers.condition import suspicion_level
 from implicitdiff.solvers.divide import diagonal_entries, examine, unusable
@@ -30,6 +38,7 @@ from implicitdiff.solvers.kernel import Kernel
 from implicitdiff.solvers.lu import LUFactorization
 from implicitdiff.solvers.mixed import Mixed, PlainFactorization, plain_first
 from implicitdiff.solvers.widened import CANCELLED, LOST, WidenedFactorization, widened
+from implicitdiff.status import all_ok
 
 
 class PlainSchurFactorization(PlainFactorization):
@@ -54,20 +63,22 @@ class PlainSchurFactorization(PlainFactorization):
         complement.diagonal(dim1=-2, dim2=-1).add_(corner)
         self._factor, info = torch.linalg.cholesky_ex(complement)
         self.sound = self._find_sound(complement, lifted, corner, pair.inverse, info)
-        self.status = info.to(torch.int8)  # 0 where it is sound
+        self.status = all_ok(operator.batch, operator.device) if self.sound is None else info.to(torch.int8)
 
     def _find_sound(
         self, complement: Tensor, lifted: Tensor, corner: Tensor, inverse: Tensor, info: Tensor
     ) -> Tensor | None:
         # An entry of D that is zero, infinite or NaN has an inverse that is not positive, or makes S NaN.
-        squares = self._factor.diagonal(dim1=-2, dim2=-1).square()
+        pivots = self._factor.diagonal(dim1=-2, dim2=-1)
         lift = lifted[:, :, 0] if lifted.shape[-1] == 1 else lifted.diagonal(dim1=-2, dim2=-1)
         failed = bool(info.any())
         if not failed:
             # A pivot is at most its diagonal entry, so large pivots tell of little cancellation as well.
-            margin = squares - torch.add(lift, corner, alpha=CANCELLED)
-            if bool((torch.minimum(margin.amin(), inverse.amin()) > 0).all()):
+            margin = torch.addcmul(torch.add(lift, corner, alpha=CANCELLED), pivots, pivots, value=-1.0)
+            read = numbers(margin.amax(), inverse.amin())
+            if read is None or (read[0] < 0 < read[1]):
                 return None
+        squares = pivots.square()
         good = (inverse > 0).all(-1)
         kept = complement.diagonal(dim1=-2, dim2=-1) - lift > CANCELLED * corner
         regular = squares > suspicion_level(corner.dtype) * corner

@@ -32,6 +32,7 @@ from implicitdiff.solvers.iteration import (
 )
 from implicitdiff.solvers.mixed import spread
 from implicitdiff.solvers.schur import Schur
+from implicitdiff.status import all_ok
 
 
 class SchurIteration(Factorization):
@@ -62,7 +63,7 @@ class SchurIteration(Factorization):
         # An entry that is zero, infinite or NaN has an inverse that is not positive, or NaN in the first product.
         lowest = [inverse.amin() for inverse in (*inverses, self._inverse) if inverse.numel()]
         self.steps = 0
-        self.status = torch.zeros(operator.batch, dtype=torch.int8, device=operator.device)
+        self.status = all_ok(operator.batch, operator.device)
         self._unfit: Tensor | None = None
         self._whole: Factorization | None = None
         if lowest and not bool((torch.stack(lowest) > 0).all()):

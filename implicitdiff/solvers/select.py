@@ -13,11 +13,14 @@ from implicitdiff.operators import (
     Block,
     BlockDiagonal,
     Diagonal,
+    GroupedLowRank,
     Kronecker,
     LinearOperator,
     LowRankPlusDiagonal,
+    LowRankUpdate,
     MatrixFree,
     ScaledIdentity,
+    Sparse,
     Sum,
     Zero,
 )
@@ -33,6 +36,7 @@ from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.schur import Schur
 from implicitdiff.solvers.schur_cg import SchurConjugateGradients
+from implicitdiff.solvers.sparse_lu import SparseLU
 from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
@@ -44,6 +48,7 @@ SOLVERS: dict[str, LinearSolver] = {
         Tridiagonal(),
         BandedCholesky(),
         KroneckerSolver(),
+        SparseLU(),
         Woodbury(),
         Cholesky(),
         LU(),
@@ -56,10 +61,7 @@ SOLVERS: dict[str, LinearSolver] = {
 }
 """The solvers by the name that ``linear_solver=`` takes."""
 
-PLANNED: tuple[str, ...] = (
-    "minres",
-    "sparse-lu",
-)
+PLANNED: tuple[str, ...] = ("minres",)
 """Names of the contract that are not built yet."""
 
 
@@ -108,6 +110,21 @@ def _for_bands(operator: Banded) -> tuple[str, ...]:
 
 
 @candidates.register
+def _for_patterns(operator: Sparse) -> tuple[str, ...]:
+    return ("sparse-lu", "cholesky", "lu")
+
+
+@candidates.register
+def _for_grouped(operator: GroupedLowRank) -> tuple[str, ...]:
+    return ("woodbury", "block-cholesky")
+
+
+@candidates.register
+def _for_sums(operator: LowRankUpdate) -> tuple[str, ...]:
+    return ("woodbury", "cholesky", "lu")
+
+
+@candidates.register
 def _for_low_rank(operator: LowRankPlusDiagonal) -> tuple[str, ...]:
     return ("woodbury", "cholesky", "cg", "lu")
 
@@ -118,7 +135,7 @@ def _for_grid(operator: Block) -> tuple[str, ...]:
 
 
 @candidates.register
-def _for_sums(operator: Sum) -> tuple[str, ...]:
+def _for_declared_sums(operator: Sum) -> tuple[str, ...]:
     if not any(isinstance(term, MatrixFree) for term in operator.terms):
         return ("cholesky", "lu")
     return ("cg",) if operator.symmetric else ("gmres",)
@@ -180,7 +197,7 @@ def choose(
     best, cost = min(possible, key=lambda entry: entry[1].seconds)
     for name, other in possible:
         if name != best:
-            ratio = other.seconds / cost.seconds
+            ratio = other.seconds / max(cost.seconds, 1e-9)  # a batch of 0 costs nothing
             rejected.append((name, f"predicted to take {ratio:.1f} times as long as {best}"))
     order = candidates(operator)
     rejected.sort(key=lambda entry: order.index(entry[0]))

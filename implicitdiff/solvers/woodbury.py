@@ -3,19 +3,31 @@
 In: D + U diag(c) V' with k < m, weights of any sign or zero. Out: ``Woodbury``. Next file: ``kernel.py``.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from implicitdiff.operators import LinearOperator, LowRankPlusDiagonal
+from implicitdiff.operators import GroupedLowRank, LinearOperator, LowRankPlusDiagonal, LowRankUpdate
 from implicitdiff.operators.products import batched_matvec, rows_times, weighted_product
-from implicitdiff.solvers.base import PANEL, Cost, Factorization, LinearSolver, blank, from_rows, to_rows
+from implicitdiff.solvers.base import (
+    PANEL,
+    Cost,
+    Factorization,
+    LinearSolver,
+    blank,
+    from_rows,
+    numbers,
+    to_rows,
+)
 from implicitdiff.solvers.condition import suspicion_level
+from implicitdiff.solvers.grouped import GroupedFactorization
 from implicitdiff.solvers.lu import LUFactorization
 from implicitdiff.solvers.mixed import PlainFactorization, plain_first
-from implicitdiff.status import Status
+from implicitdiff.solvers.woodbury_update import UpdateFactorization, base_solver, update_cost
+from implicitdiff.status import Status, all_ok
 
 # Where the entries of D differ by more than this factor, the lemma cancels digits and the answer is refined.
 _UNEVEN = 1e3
@@ -44,6 +56,12 @@ class PlainWoodbury(PlainFactorization):
         factor, order, info = torch.linalg.lu_factor_ex(matrix)
         self._factor = factor, order
         pivots = factor.diagonal(dim1=-2, dim2=-1)
+        self.status = all_ok(len(matrix), matrix.device)  # a pivot that is 0 is small beside the rest
+        # Over the whole batch first: where that is not enough, each sample against its own largest entry.
+        whole = torch.linalg.vector_norm(pivots, -torch.inf), torch.linalg.vector_norm(matrix, torch.inf)
+        read = numbers(*whole, *torch.aminmax(diagonal if uneven else diagonal.abs()))
+        if read is None or _is_sound(read, uneven, suspicion_level(operator.dtype)):
+            return
         smallest = torch.linalg.vector_norm(pivots, -torch.inf, -1, keepdim=True)
         largest = matrix.abs().amax((-2, -1))[:, None]
         if uneven:
@@ -54,8 +72,8 @@ class PlainWoodbury(PlainFactorization):
             size = diagonal.abs()
             bound = suspicion_level(operator.dtype) * torch.maximum(largest, size)
             fine = torch.minimum(smallest, size) > bound
-        self.status = info.to(torch.int8)  # 0 where it is sound
-        self.sound = None if bool(fine.all()) else fine[:, 0]
+        if not bool(fine.all()):
+            self.status, self.sound = info.to(torch.int8), fine[:, 0]  # 0 where it is sound
 
     @cached_property
     def definite(self) -> Tensor | None:  # type: ignore[override]
@@ -135,6 +153,22 @@ class WoodburyFactorization(Factorization):
         return scaled - batched_matvec(operator.left, inner) * self._inverse
 
 
+def _is_sound(read: Sequence[float], uneven: bool, level: float) -> bool:
+    """Whether the smallest pivot is not suspicious beside the largest entry of the matrix, nor D; NaN makes it False.
+
+    Args:
+        read: the smallest pivot, the largest entry of the matrix, the lowest and the highest entry of D (of |D| where
+            it is even).
+        uneven: whether the matrix was formed with I in the place of D.
+        level: a part below which a pivot is suspicious.
+    """
+    smallest, largest, lowest, highest = read
+    if uneven:
+        return smallest > level * largest and smallest > level and lowest > 0 and highest < _UNEVEN * lowest
+    least = min(smallest, lowest)
+    return smallest > 0 and lowest > 0 and least > level * largest and least > level * highest
+
+
 def _is_definite(operator: LowRankPlusDiagonal, sound: Tensor) -> Tensor | None:
     """Return whether A is positive definite, (B,), from a k x k matrix; None where it is not symmetric.
 
@@ -192,14 +226,19 @@ class Woodbury(LinearSolver):
 
     def reject(self, operator: LinearOperator) -> str | None:
         """Refuse other kinds, and ranks that are not smaller than the size."""
-        if not isinstance(operator, LowRankPlusDiagonal):
+        if not isinstance(operator, LowRankPlusDiagonal | LowRankUpdate | GroupedLowRank):
             return f"the matrix is {operator.kind}, not low-rank-plus-diagonal"
-        if operator.rank >= operator.size:
-            return f"k = {operator.rank} >= m = {operator.size}"
+        size = operator.left.shape[-2]
+        if operator.rank >= size:
+            return f"k = {operator.rank} >= m = {size}"
         return None
 
     def cost(self, operator: LinearOperator) -> Cost:
         """2 m k^2 + 2/3 k^3 flops to factor, 4 m k + 2 k^2 to solve; four k x k matrices, D^-1 V before."""
+        if isinstance(operator, LowRankUpdate):
+            return update_cost(operator, base_solver(operator).cost(operator.base))
+        if isinstance(operator, GroupedLowRank):
+            operator = operator.blocks
         assert isinstance(operator, LowRankPlusDiagonal)
         batch, size, rank, item = operator.batch, operator.size, operator.rank, operator.dtype.itemsize
         factor, small, vector = batch * size * rank, batch * rank * rank, batch * size
@@ -210,6 +249,10 @@ class Woodbury(LinearSolver):
         return Cost(flops, moved * item, peak, 25 + batch * rank // PANEL)
 
     def _factor(self, operator: LinearOperator) -> Factorization:
+        if isinstance(operator, LowRankUpdate):
+            return UpdateFactorization(operator, base_solver(operator).factor(operator.base))
+        if isinstance(operator, GroupedLowRank):
+            return GroupedFactorization(operator, self._factor(operator.blocks))
         assert isinstance(operator, LowRankPlusDiagonal)
         diagonal = operator.diagonal
         inner = [*operator.parameters()[1:], *([diagonal] if diagonal.shape[1] > 1 else [])]

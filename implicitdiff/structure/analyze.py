@@ -8,11 +8,11 @@ factors that split into a row side and a column side are a low-rank term. Next f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Label, Ref
-from implicitdiff.structure import banded, kronecker
+from implicitdiff.structure import banded, kronecker, sparse, sums
 from implicitdiff.structure.forms import Contribution, Entry, Form, LowRankTerm, Space
 
 
@@ -134,6 +134,30 @@ def _merged(build: Builder, terms: Sequence[LowRankTerm]) -> tuple[LowRankTerm, 
     return tuple(t for t in out if not build.is_zero(t.weights))
 
 
+def grouped_terms(build: Builder, form: Form, terms: Sequence[Contribution]) -> tuple[LowRankTerm, ...]:
+    """The blocks of a block-diagonal form as terms of low rank, where all of them split; none otherwise."""
+    rows, columns = form.space.rows[0], form.space.columns[0]
+    inside = [k for k in range(len(rows)) if k not in form.shared]
+    if form.entry.diagonal is None:
+        return ()
+    found = []
+    for term in terms:
+        tied = {k for k, label in enumerate(term.columns) if label in term.rows}
+        if len(tied) == len(rows):
+            continue
+        if tied != form.shared:
+            return ()
+        names: dict[Label, Label] = dict(zip(term.rows, rows, strict=True))
+        names |= {term.columns[k]: columns[k] for k in inside}
+        product = build.times(*(f.rename(names) for f in term.factors))
+        sides = {rows[k] for k in inside}, {columns[k] for k in inside}
+        split = _separate(build, product, *sides, term.summed)
+        if split is None:
+            return ()
+        found.append(split)
+    return _merged(build, found)
+
+
 def classify(
     build: Builder,
     space: Space,
@@ -148,12 +172,16 @@ def classify(
         terms: the matrix as a sum.
         written: the same without places, for terms whose places make no band: slices as selection matrices.
     """
+    count, given = len(space.names), terms
     if written is not None and any(t.has_places for t in terms):
         form = banded.form_of(build, space, terms)
         if form is not None:
+            return sparse.with_pattern(build, form)
+    if written is not None and any(sparse.indexed(build, t) for t in terms):
+        form = sparse.form_of(build, space, terms) or sums.form_of(build, space, terms, classify, entry_of)
+        if form is not None:
             return form
         terms = written()
-    count = len(space.names)
     grid = tuple(
         tuple(entry_of(build, space, (a, b), [t for t in terms if t.block == (a, b)]) for b in range(count))
         for a in range(count)
@@ -175,8 +203,13 @@ def classify(
         reason = (
             "several variables, coupled" if coupled else "several variables, not coupled: one matrix each"
         )
-        return Form(space, grid, "block", reason)
-    return _single(build, space, grid)
+        pattern = None if written is None else sparse.collected(build, given)
+        return Form(space, grid, "block", reason, pattern=pattern or ())
+    form = _single(build, space, grid)
+    if form.kind == "block-diagonal" and written is not None:
+        return replace(form, grouped=grouped_terms(build, form, terms))
+    mixed = written is not None and form.kind == "dense" and grid[0][0].partial and not grid[0][0].dense
+    return (mixed and sums.form_of(build, space, given, classify, entry_of)) or form
 
 
 def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -> Form:
@@ -206,7 +239,9 @@ def _single(build: Builder, space: Space, grid: tuple[tuple[Entry, ...], ...]) -
     if entry.dense:
         return Form(space, grid, "dense", "a factor depends on rows and columns at once")
     if entry.partial:
-        return Form(space, grid, "dense", "terms tie different axes")
+        reason = "terms tie different axes"
+        pattern = () if entry.low_rank else sparse.of_bands(build, space, entry.tied(len(space.rows[0])))
+        return Form(space, grid, "sparse" if pattern else "dense", reason, pattern=pattern)
     rank = " + ".join(
         "1" if not t.rank else "*".join(str(build.labels.sizes[k]) for k in t.rank) for t in entry.low_rank
     )

@@ -45,6 +45,10 @@ class Dependence:
     sentences: tuple[str, ...]
 
 
+Member = tuple[int, tuple[int, ...], float]
+"""A constraint, the axes that its rows are summed over, and a factor that was divided out."""
+NOTHING: tuple[object, float] = ((), 0.0)
+"""The signature of rows that add up to zero: what flows out of one node flows into another."""
 MOST = 64
 """More null vectors than this are left to the rank-revealing solver."""
 
@@ -52,16 +56,24 @@ MOST = 64
 def find(build: Builder, constraints: Sequence[Constraint]) -> Dependence | None:
     """All dependences between sums of whole constraints, or None."""
     canonical: dict[tuple[str, int, int], Label] = {}
-    groups: dict[object, list[tuple[int, tuple[int, ...], float]]] = {}
+    groups: dict[object, list[Member]] = {}
+    own: list[Member] = []
     for index, constraint in enumerate(constraints):
         for count in range(len(constraint.labels) + 1):
             for subset in itertools.combinations(range(len(constraint.labels)), count):
                 found = _signature(build, constraint, subset, canonical)
-                if found is not None:
+                if found == NOTHING and subset:
+                    own.append((index, subset, 1.0))
+                elif found is not None and found != NOTHING:
                     key, scale = found
                     groups.setdefault(key, []).append((index, subset, scale))
     sizes = [[build.labels.sizes[k] for k in c.labels] for c in constraints]
     vectors, sentences = [], []
+    for alone in own:
+        new = _vectors(sizes, alone, None)
+        if len(new) <= MOST:
+            vectors += new
+            sentences.append(f"{_part(constraints, alone)} does not depend on the variables")
     for members in groups.values():
         first = members[0]
         for other in members[1:]:
@@ -109,18 +121,18 @@ def _signature(
         pieces[(row.leaf.id, tuple(columns), build.mul(factors))] = scale
     if not pieces:
         return None
+    pieces = {key: scale for key, scale in pieces.items() if scale != 0.0}
+    if not pieces:
+        return NOTHING
     ordered = sorted(pieces.items(), key=lambda p: (p[0][0], p[0][1], p[0][2].node.id, p[0][2].labels))
     first = ordered[0][1]
     sizes = tuple(build.labels.sizes[k] for k in remaining)
     return (sizes, tuple((piece, round(scale / first, 12)) for piece, scale in ordered)), first
 
 
-def _vectors(
-    sizes: Sequence[Sequence[int]],
-    first: tuple[int, tuple[int, ...], float],
-    other: tuple[int, tuple[int, ...], float],
-) -> list[Tensor]:
+def _vectors(sizes: Sequence[Sequence[int]], first: Member, other: Member | None) -> list[Tensor]:
     """z over all constraints joined: 1 / factor on the first block, -1 / factor on the other; one per free entry."""
+    pairs = [(first, 1.0), *([] if other is None else [(other, -1.0)])]
     remaining = [s for k, s in enumerate(sizes[first[0]]) if k not in first[1]]
     out: list[Tensor] = []
     for entry in itertools.product(*(range(s) for s in remaining)):
@@ -129,7 +141,7 @@ def _vectors(
         blocks = []
         for index, block in enumerate(sizes):
             z = torch.zeros(tuple(block), dtype=torch.float64, device=HOST)
-            for member, sign in ((first, 1.0), (other, -1.0)):
+            for member, sign in pairs:
                 if member[0] == index:
                     position = iter(entry)
                     where = tuple(
@@ -141,15 +153,13 @@ def _vectors(
     return out
 
 
-def _sentence(
-    constraints: Sequence[Constraint],
-    first: tuple[int, tuple[int, ...], float],
-    other: tuple[int, tuple[int, ...], float],
-) -> str:
-    def part(member: tuple[int, tuple[int, ...], float]) -> str:
-        name = constraints[member[0]].name
-        if member[1]:
-            name = f"the sum of {name} over axis {', '.join(map(str, member[1]))}"
-        return name if member[2] == 1.0 else f"{name} divided by {member[2]:g}"
+def _sentence(constraints: Sequence[Constraint], first: Member, other: Member) -> str:
+    parts = _part(constraints, first), _part(constraints, other)
+    return f"{parts[0]} and {parts[1]} have the same derivative by the variables"
 
-    return f"{part(first)} and {part(other)} have the same derivative by the variables"
+
+def _part(constraints: Sequence[Constraint], member: Member) -> str:
+    name = constraints[member[0]].name
+    if member[1]:
+        name = f"the sum of {name} over axis {', '.join(map(str, member[1]))}"
+    return name if member[2] == 1.0 else f"{name} divided by {member[2]:g}"

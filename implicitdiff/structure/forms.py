@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from implicitdiff.graph.ir import Label, Ref
 from implicitdiff.graph.maps import Place
+from implicitdiff.graph.onehot import IndexMap
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,34 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where an entry of a sparse term lies along one axis: start + step * (the entry of `label`), or what `index` says.
+
+    With neither a label nor an index it is the one place `start`.
+    """
+
+    label: Label | None
+    start: int
+    step: int
+    index: Ref | None = None
+    where: IndexMap | None = None
+
+
+@dataclass(frozen=True)
+class SparseTerm:
+    """`value` over `labels`; entry (labels) lies in the row and in the column that the positions of the axes name.
+
+    Entries whose place is outside of the matrix are zero for every value of the inputs.
+    """
+
+    block: tuple[int, int]
+    labels: tuple[Label, ...]
+    value: Ref
+    rows: tuple[Position, ...]
+    columns: tuple[Position, ...]
+
+
+@dataclass(frozen=True)
 class Form:
     """A symmetric block matrix over a space, its kind by the contract's name, and why it is that kind."""
 
@@ -145,6 +174,17 @@ class Form:
     """For banded."""
     factors: tuple[KroneckerFactor, ...] = ()
     """For kronecker; the axes of no factor carry an identity."""
+    pattern: tuple[SparseTerm, ...] = ()
+    """The same matrix entry by entry, where every term is sparse; for kind sparse there is no other form."""
+    grouped: tuple[LowRankTerm, ...] = ()
+    """For block-diagonal: the blocks as low rank beside the entry's diagonal; the shared axes are on all sides."""
+    base: Form | None = None
+    """For kind sum: the form of what the low-rank terms of the entry are added to."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """For kind sum: the kinds of the summands."""
+        return () if self.base is None else (self.base.kind, "low-rank")
 
     @property
     def entry(self) -> Entry:

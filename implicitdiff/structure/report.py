@@ -17,11 +17,13 @@ class MatrixReport:
         kind: the structure proved, by the contract's name ("diagonal", "low-rank-plus-diagonal", ..., "dense").
         shape: (rows, columns).
         reason: why, in one line.
+        parts: of a sum, the kinds of its summands.
     """
 
     kind: str
     shape: tuple[int, int]
     reason: str
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ In: a ref. Out: the refs of its summands: the terms of an addition, and the entr
 
 from __future__ import annotations
 
+from implicitdiff.graph import onehot
 from implicitdiff.graph.build import Builder
 from implicitdiff.graph.ir import Ref
 
@@ -34,8 +35,15 @@ def _inside(build: Builder, ref: Ref) -> list[Ref]:
         return [build.scale(coefficient, term) for term in cancelling(build, values)]
     if len(sums) != 1:
         return _distributed(build, ref)
-    (body,), _ = build.open(sums[0][0])
+    (body,), bound = build.open(sums[0][0])
     rest = [f for f in factors if f is not sums[0]]
+    if onehot.has_hot(build, body):
+        # a scatter is read where its terms come from; a gather has one term only
+        columns = [onehot.column_of(ref) for ref, _ in build.split(body)[1] if onehot.is_hot(ref)]
+        if set(columns) <= set(bound):
+            return _distributed(build, ref)
+        whole = build.con(build.mul([*rest, (body, 1.0)], coefficient), columns)
+        return cancelling(build, whole)
     widest = max(_entries(build, [r]) for r, _ in build.split(body)[1] or [(body, 1.0)])
     if _entries(build, [body, *(r for r, _ in rest)]) > widest:
         return [ref]

@@ -78,6 +78,16 @@ class Arguments:
             found[self.of_constraint(constraint_stem, k)] = (4, k)
         return found
 
+    def pair(self, out: Sequence[Tensor], lead: torch.Size) -> Leaves:
+        """(*w, *s) with their leading axes (R, B), from the results of `kkt_solve`."""
+        variables, count = self.declared.variables, len(self.declared.variables)
+        w = tuple(
+            x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
+            for x, leaf in zip(out[:count], variables, strict=True)
+        )
+        blocks = out[count : count + len(self.declared.constraints)]
+        return (*w, *self.joined([block.expand(*lead, *block.shape[2:]) for block in blocks], 2))
+
     def constraint_order(self, device: torch.device) -> Tensor:
         """Where each entry of the joined outputs of `equality` stands among the rows of the constraint blocks, (p,)."""
         space, numbers, start = self.declared.constraint_space, [], 0

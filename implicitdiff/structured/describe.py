@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from implicitdiff.derivatives.declared import Declared
+from implicitdiff.graph import onehot
 from implicitdiff.graph.build import Builder, Spec
 from implicitdiff.graph.ir import Label, Node, Ref
-from implicitdiff.structure.forms import Entry, Form
+from implicitdiff.structure.forms import Entry, Form, Position, SparseTerm
 
 LETTERS = "ijklmnopqrst"
 LONGEST = 400
@@ -63,6 +64,9 @@ class Notebook:
             return f"delta{self.indices(ref.labels)}"
         if node.op == "shift":
             return self.delta(ref.labels[0], ref.labels[1], node.data)
+        if node.op == "hot":
+            index = self.write(onehot.index_of(ref))
+            return f"[{index} = {self.letter(ref.labels[-1])}]" if onehot.is_hot(ref) else f"[{index}]"
         if node.op == "pad":
             return self._padded(ref, args[0], bound)
         if node.op == "view":
@@ -154,13 +158,33 @@ class Notebook:
         parts += [self.write(ref, inside=True) for ref in entry.dense]
         return " + ".join(parts).replace("+ -", "- ") if parts else "0"
 
+    def pattern(self, terms: Sequence[SparseTerm]) -> list[str]:
+        """A line for each sparse term: H[i_e, j_e] += value."""
+
+        def place(p: Position) -> str:
+            if p.index is not None:
+                return self.write(p.index)
+            if p.label is None:
+                return str(p.start)
+            letter = self.letter(p.label)
+            moved = f"{p.step}{letter}" if p.step != 1 else letter
+            return f"{moved}{p.start:+d}" if p.start else moved
+
+        lines = []
+        for term in terms:
+            rows, columns = (" ".join(map(place, side)) for side in (term.rows, term.columns))
+            lines.append(f"H[{rows}, {columns}] += {self.write(term.value)}")
+        return lines
+
 
 def derivation(declared: Declared, hessian: Form, schur: Form | None, common: str = "") -> tuple[str, ...]:
     """The lines: H, A, S by blocks, then the sums they name."""
     notebook = Notebook(declared.build)
     lines = []
     space = hessian.space
-    for k, row in enumerate(hessian.grid):
+    if hessian.kind == "sparse":
+        lines += notebook.pattern(hessian.pattern)
+    for k, row in enumerate(() if hessian.kind == "sparse" else hessian.grid):
         for j, entry in enumerate(row):
             if j < k or (entry.empty and j != k):
                 continue

@@ -106,10 +106,3 @@ def flagged(flag: Tensor | bool, batch: int, like: Tensor) -> Tensor | None:
     if isinstance(flag, Tensor):
         return flag.expand(batch) if bool(flag.any()) else None
     return torch.ones_like(like, dtype=torch.bool)
-
-
-def verdicts(status: Any, batch: int, device: torch.device) -> Tensor:
-    """The status of each sample, (B,) int8; OK where an emitted function has none to give."""
-    if isinstance(status, Tensor) and status.dtype == torch.int8:
-        return status.expand(batch)
-    return torch.zeros(batch, dtype=torch.int8, device=device)

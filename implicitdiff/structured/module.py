@@ -17,7 +17,6 @@ from implicitdiff.operators.block import NullVectors
 IMPORTS = {
     "torch": "import torch",
     "NullVectors": "from implicitdiff.operators.block import NullVectors",
-    "saddle": "from implicitdiff.kkt import saddle",
 }
 """Imports beside those from `implicitdiff` itself."""
 MOST = 64
@@ -59,7 +58,9 @@ def _imports(names: set[str]) -> list[str]:
     top = [f"from implicitdiff import {', '.join(n for n in ('operators', 'solvers') if n in names)}"]
     found = [IMPORTS["torch"]] if "torch" in names else []
     found += top if {"operators", "solvers"} & names else []
-    return found + [IMPORTS[name] for name in ("saddle", "NullVectors") if name in names]
+    parts = [name for name in ("entries", "indexed", "saddle") if name in names]
+    found += [f"from implicitdiff.kkt import {', '.join(parts)}"] if parts else []
+    return found + ([IMPORTS["NullVectors"]] if "NullVectors" in names else [])
 
 
 def _vector(vector: Tensor) -> str | None:

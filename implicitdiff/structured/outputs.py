@@ -20,7 +20,7 @@ from implicitdiff.kkt import lowering
 from implicitdiff.kkt.route import Route
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
 from implicitdiff.memory import over_limit
-from implicitdiff.structure import banded
+from implicitdiff.structure import banded, sparse
 from implicitdiff.structure.forms import Entry, Form
 from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
@@ -87,7 +87,7 @@ class Recipes:
         solver = SymbolicKKT(declared, form, "auto", self.dtype, identity=True)
         lam, status = solver.least_squares(declared.gradient(declared.program.objective, declared.space.rows))
         outputs = [Output(c.name, ref, c.labels) for c, ref in zip(declared.constraints, lam, strict=True)]
-        return Recipe([*outputs, self._status([status])], lam)
+        return Recipe([*outputs, self.verdict(status, lam)], lam)
 
     # ---------------------------------------------------------------- the KKT system
 
@@ -179,15 +179,16 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self._status(status, [*w, *s], STACKED)]
-        return Recipe(outputs, [*s, *w], self._factors(kkt) if given else {})
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, [*w, *s], STACKED)]
+        return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
         """The factorisation that a solve with `given` takes: one object, or nothing where H is only divided by."""
-        found = self._factors(self._solver(way, shifted=shifted))
+        found = self.factors(self._solver(way, shifted=shifted))
         return Recipe([Output(name, ref, (), prefix=-1) for name, ref in found.items()], [])
 
-    def _factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+    def factors(self, kkt: SymbolicKKT) -> dict[str, Ref]:
+        """The factorisation that a solve works with, by its name; empty where H is only divided by."""
         ref = kkt.factor()
         return {} if ref is None else {ref.node.data[-1]: ref}
 
@@ -200,6 +201,9 @@ class Recipes:
         build = self.build
         shift = build.self_ref(build.leaf("shift", (), BATCHED, differentiable=False).node)
 
+        if form.base is not None:
+            return replace(form, base=self.shifted(form.base))
+
         def lifted(e: Entry) -> Entry:
             return replace(e, diagonal=shift if e.diagonal is None else build.plus(e.diagonal, shift))
 
@@ -207,24 +211,37 @@ class Recipes:
             tuple(lifted(e) if a == b else e for b, e in enumerate(row)) for a, row in enumerate(form.grid)
         )
         kinds = {"zero": "scaled-identity", "kronecker": "dense"}  # a product plus an identity is no product
-        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind))
+        pattern = form.pattern
+        if pattern:
+            pattern += tuple(sparse.lifted(form.space, k, shift) for k in range(len(form.grid)))
+        return replace(form, grid=grid, kind=kinds.get(form.kind, form.kind), pattern=pattern)
 
-    def _status(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
+    def verdict(self, status: Sequence[Ref], answers: Sequence[Ref] = (), prefix: int = BATCHED) -> Output:
         """One verdict per sample; where nothing is factored it is read off the answers, if they can fail."""
+        labelled = [ref for ref in answers if ref.node.prefix >= prefix]
         if not status:
-            labelled = [ref for ref in answers if ref.node.prefix >= prefix]
             if not labelled or self._divides_by_numbers():
                 return Output("status", self.build.number(0.0), ())
-            text = (
-                f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(labelled)))})"
-            )
-            args = [(ref, ref.labels, prefix) for ref in labelled]
-            return Output("status", call(self.build, text, args, (), BATCHED, "status"), (), prefix=-1)
+            return Output("status", self._divided(labelled, prefix, "status"), (), prefix=-1)
+        if self._masked and labelled:
+            # What is divided out of S, and H where it is diagonal, may be 0 on some active sets.
+            status = [*status, self._divided(labelled, prefix)]
         if len(status) == 1:
             return Output("status", status[0], (), prefix=-1)
         text = ", ".join(f"{{{k}}}" for k in range(len(status)))
         merged = call(self.build, f"saddle.merged({text})", [(ref, (), -1) for ref in status], (), BATCHED)
         return Output("status", merged, (), prefix=-1)
+
+    def _divided(self, answers: Sequence[Ref], prefix: int, name: str = "divided") -> Ref:
+        """The verdict on answers that came by division."""
+        text = f"saddle.divided({prefix - BATCHED}, {', '.join(f'{{{k}}}' for k in range(len(answers)))})"
+        return call(self.build, text, [(ref, ref.labels, prefix) for ref in answers], (), BATCHED, name)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether the problem is one on an active set, and S is used as it stands in symbols."""
+        masks = any(leaf.placeholder.role == "mask" for leaf in self.declared.theta)
+        return masks and self.kkt.route.name == "range-space"
 
     def _divides_by_numbers(self) -> bool:
         """Whether H is a number times the identity, or numbers on the diagonal, and there is no S."""
@@ -256,9 +273,9 @@ class Recipes:
         outputs = self._gradient_outputs(gradients, wanted, -sign, zeros)
         flags = self._cancelled(kkt)
         first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
-        verdict = self._status(status, [*bare_w, *held_s], BATCHED)
+        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
         steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
-        return Recipe([*outputs, *flags, verdict], first, self._factors(kkt) if given else {}, steps)
+        return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
 
     def _gradient_outputs(
         self, gradients: Mapping[int, Ref], wanted: Sequence[bool], sign: float, zeros: Sequence[Ref]

@@ -21,7 +21,7 @@ from implicitdiff.graph import rules
 from implicitdiff.graph.trace import Trace
 from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
-from implicitdiff.status import Status
+from implicitdiff.status import Status, all_ok, is_all_ok
 from implicitdiff.structure.analyze import classify
 from implicitdiff.structure.forms import Form
 from implicitdiff.structure.probe import agree
@@ -94,25 +94,20 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        source = module(code.emitted.source, self.writer.namespace)
-        self.analysis: Analysis = self._reported(form, source)
+        self.analysis = self._reported(form, module(code.emitted.source, self.writer.namespace))
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
-        self._runs: dict[tuple[Way, tuple[bool, ...], bool], Run] = {}
+        self._runs: dict[tuple[Way, tuple[bool, ...], bool, bool], Run] = {}
 
     def _derived(self, linear_solver: str, dtype: torch.dtype) -> tuple[Form, Recipes]:
-        """The form of H, and what the emitted functions compute."""
-        own = self.declared
-        form = classify(own.build, own.space, own.hessian_terms, own.written_hessian_terms)
-        return form, Recipes(own, form, linear_solver, dtype)
+        d = self.declared
+        form = classify(d.build, d.space, d.hessian_terms, d.written_hessian_terms)
+        return form, Recipes(d, form, linear_solver, dtype)
 
     def _reported(self, form: Form, code: str) -> Analysis:
-        """What was found."""
         return report(
             self.declared, form, self.recipes.route, code, anchored=self.recipes.first == "anchored"
         )
-
-    # ---------------------------------------------------------------- the point
 
     def value(self, u: Leaves, theta: Leaves) -> Tensor:
         """The objective of each sample, (B,)."""
@@ -153,9 +148,10 @@ class StructuredPlan:
         out = function(self.arguments.point(u, (), theta))
         batch = u[0].shape[0]
         found = self.arguments.joined([b.expand(batch, *b.shape[1:]) for b in out[:-1]], 1)
-        bad = merge.verdicts(out[-1], batch, u[0].device) != Status.OK
-        if not bool(bad.any()):
+        status = self._verdicts(out[-1], batch, u[0].device)
+        if is_all_ok(status) or not bool(status.any()):
             return found
+        bad = status != Status.OK
         mended = self.dense.multipliers(u, theta)  # for the bad samples: the others keep their bits
         return tuple(
             torch.where(bad.reshape(-1, *(1,) * (mine.dim() - 1)), theirs, mine)
@@ -168,15 +164,20 @@ class StructuredPlan:
         self, u: Leaves, lam: Leaves, theta: Leaves, rhs_u: Leaves, rhs_h: Leaves, shift: Tensor | None = None
     ) -> Solution:
         """(w, s, status) for right-hand sides (R, B, *shape): one factorisation."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.kkt_solve(u, lam, theta, rhs_u, rhs_h, shift)
         return self._solved(self._point(u, lam, theta, shift), rhs_u, rhs_h)
 
     def kkt_factor(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None = None) -> KKTFactor:
         """K factored, by the same code as that of `kkt_solve`, cut in two."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.kkt_factor(u, lam, theta, shift)
         return StructuredFactor(self._point(u, lam, theta, shift), self._factors, self._solved)
+
+    def factored(self, u: Leaves, lam: Leaves, theta: Leaves, made: Given) -> StructuredFactor:
+        """K at a point, by a factorisation along the first way that was made elsewhere."""
+        point = self._point(u, lam, theta, None)
+        return StructuredFactor(point, self._factors, self._solved, _made={self.recipes.first: made})
 
     def _point(self, u: Leaves, lam: Leaves, theta: Leaves, shift: Tensor | None) -> dict[str, Tensor]:
         values = self.arguments.point(u, lam, theta)
@@ -196,26 +197,14 @@ class StructuredPlan:
         def attempt(way: Way) -> merge.Attempt[Leaves]:
             function = self._kkt(shifted, way, factor is not None)
             out = function(values if factor is None else {**values, **factor.given(way)})
-            verdict = merge.verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
-            return merge.Attempt(self._pair(out, rhs_u[0].shape[:2]), verdict, function, out)
+            verdict = self._verdicts(out[-1], rhs_u[0].shape[1], rhs_u[0].device)
+            return merge.Attempt(self.arguments.pair(out, rhs_u[0].shape[:2]), verdict, function, out)
 
         answer, status = self._settled(
             attempt, lambda redo, new, old: merge.merged_leaves(redo, new, old, 1), lambda: point
         )
         count = len(self.declared.variables)
         return answer[:count], answer[count:], status
-
-    def _pair(self, out: tuple[Any, ...], lead: torch.Size) -> Leaves:
-        """(*w, *s) with their leading axes (R, B), from the results of `kkt_solve`."""
-        count = len(self.declared.variables)
-        w = tuple(
-            x.expand(*lead, *x.shape[2:]).reshape(*lead, *leaf.placeholder.shape)
-            for x, leaf in zip(out[:count], self.declared.variables, strict=True)
-        )
-        s = self.arguments.joined(
-            [b.expand(*lead, *b.shape[2:]) for b in out[count : count + len(self.declared.constraints)]], 2
-        )
-        return (*w, *s)
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
         key, document = ("kkt", shifted, way, given), "K (w, s) = (rhs_u, rhs_h)"
@@ -266,18 +255,23 @@ class StructuredPlan:
             cancelled = merge.flagged(tried.out[-2], len(status), status)
             if cancelled is not None:
                 return "refined", cancelled, status
-        whole = way == "full" or self.recipes.route.name == "full" or not self.declared.constraints
-        if whole or not bool(status.any()):
+        whole = way == "full" or self.recipes.route.whole or not self.declared.constraints
+        if is_all_ok(status) or whole or not bool(status.any()):
             return None
         if self.recipes.route.name == "range-space" and way != "full":
             status = merge.absolved(
                 status, tried.status, lambda: self._hessian(values()), self.recipes.linear
             )
         singular = merge.unsolved(status, self.declared)
-        if singular is None or self.recipes.whole_is_too_large:
-            return None, status, status
         anchored = way == "route" and self.recipes.anchor is not None
+        if singular is None or (self.recipes.whole_is_too_large and not anchored):
+            return None, status, status
         return ("anchored" if anchored else "full"), singular, status
+
+    def _verdicts(self, status: Any, batch: int, device: torch.device) -> Tensor:
+        if isinstance(status, Tensor) and status.dtype == torch.int8 and not is_all_ok(status):
+            return status.expand(batch)
+        return all_ok(batch, device)
 
     # ---------------------------------------------------------------- the backward pass
 
@@ -292,7 +286,7 @@ class StructuredPlan:
         factor: KKTFactor | None = None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """A gradient per theta that needs one, and the status of each sample."""
-        if self._contradicted(u, lam, theta):
+        if self.contradicted(u, lam, theta):
             return self.dense.vjp(u, lam, theta, v_u, v_lam, needs, factor)
         given = (u, lam, theta, v_u, () if v_lam is None else v_lam)
         if isinstance(factor, StructuredFactor):
@@ -306,7 +300,7 @@ class StructuredPlan:
             out = run.call(given)
             if run.function.fragile and edges.lost(run.function, out, u):
                 out = run.call((edges.off_zero(u), *given[1:]))
-            verdict = merge.verdicts(out[-1], u[0].shape[0], u[0].device)
+            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
             return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
         return self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
@@ -315,32 +309,33 @@ class StructuredPlan:
         self, given: tuple[Leaves, ...], needs: tuple[bool, ...], with_lam: bool, factor: StructuredFactor
     ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
         """The same with the factorisations of `factor`; None where u has to move off zero, and K with it."""
-        u, lam, theta, v_u, v_lam = given
-        values = {**self.arguments.point(u, lam, theta), **self.arguments.sides("v", "v_lam", v_u, v_lam)}
+        u, lam, theta, *_ = given
         moved = False
 
         def attempt(way: Way) -> merge.Attempt[merge.Gradients]:
             nonlocal moved
-            function, places = self._placed(way, needs, with_lam, given=True)
-            out = function({**values, **factor.given(way)})
-            moved = moved or bool(function.fragile and edges.lost(function, out, u))
-            verdict = merge.verdicts(out[-1], u[0].shape[0], u[0].device)
-            return merge.Attempt(Run(function, (), places).gradients(out, theta), verdict, function, out)
+            run = self._run(way, needs, with_lam, given=True)
+            out = run.call((*given, tuple(factor.given(way).values())))
+            moved = moved or bool(run.function.fragile and edges.lost(run.function, out, u))
+            verdict = self._verdicts(out[-1], u[0].shape[0], u[0].device)
+            return merge.Attempt(run.gradients(out, theta), verdict, run.function, out)
 
-        found = self._settled(attempt, self._merged, lambda: values)
+        found = self._settled(attempt, self._merged, lambda: self.arguments.point(u, lam, theta))
         return None if moved else found
 
     def _merged(self, redo: Tensor, new: merge.Gradients, old: merge.Gradients) -> merge.Gradients:
         return merge.merged_gradients(redo, new, old, self._batched)
 
-    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool) -> Run:
+    def _run(self, way: Way, needs: tuple[bool, ...], with_lam: bool, given: bool = False) -> Run:
         """The emitted backward pass for the theta that need a gradient, and where its arguments come from."""
-        found = self._runs.get((way, needs, with_lam))
+        found = self._runs.get((way, needs, with_lam, given))
         if found is None:
-            function, places = self._placed(way, needs, with_lam, given=False)
+            function, places = self._placed(way, needs, with_lam, given=given)
             sources = self.arguments.sources("v", "v_lam")
+            objects = [name for name in function.arguments if name not in sources]
+            sources |= {name: (5, k) for k, name in enumerate(objects)}  # factorisations that are given
             found = Run(function, tuple(sources[name] for name in function.arguments), places)
-            self._runs[way, needs, with_lam] = found
+            self._runs[way, needs, with_lam, given] = found
         return found
 
     def _placed(
@@ -370,7 +365,11 @@ class StructuredPlan:
 
     # ---------------------------------------------------------------- the probe
 
-    def _contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
+    probed = property(
+        lambda self: self._contradiction is False, doc="Whether the structure was compared, and agreed."
+    )
+
+    def contradicted(self, u: Leaves, lam: Leaves, theta: Leaves) -> bool:
         """Whether the product tested on the first call with data differs from automatic differentiation."""
         if self._contradiction is None and u[0].shape[0] and not u[0].is_meta:
             self._contradiction = not agree(*self.probe(u, lam, theta))

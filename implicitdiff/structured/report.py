@@ -22,14 +22,13 @@ def report(declared: Declared, hessian: Form, route: Route, code: str, *, anchor
             schur = MatrixReport(route.schur.kind, (p, p), route.schur.reason)
         else:
             matrix = "H + rho A'A, since H alone is most likely singular" if anchored else "H"
-            reason = (
-                f"formed from p solves with {matrix}"
-                if route.name == "numeric"
-                else "H is singular: K is factored as one matrix"
-            )
+            reason = {
+                "numeric": f"formed from p solves with {matrix}",
+                "sparse": "not formed: K is factored as one sparse matrix",
+            }.get(route.name, "H is singular: K is factored as one matrix")
             schur = MatrixReport("dense", (p, p), reason)
     return Analysis(
-        hessian=MatrixReport(hessian.kind, (m, m), hessian.reason),
+        hessian=MatrixReport(hessian.kind, (m, m), hessian.reason, hessian.parts),
         constraint_jacobian=_jacobian(declared, (p, m)),
         schur=schur,
         solver=route.solver,

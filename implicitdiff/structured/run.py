@@ -22,7 +22,8 @@ class Run:
 
     Attributes:
         function: the emitted function.
-        sources: where each of its arguments is found: a group (u, lam, theta, v_u, v_lam) and a place in it.
+        sources: where each of its arguments is found: a group (u, lam, theta, v_u, v_lam, factorisations) and a place
+            in it.
         places: for each theta its place among the results; -1 where the gradient is zero, None where not wanted.
     """
 
@@ -30,7 +31,7 @@ class Run:
     sources: tuple[tuple[int, int], ...]
     places: tuple[int | None, ...]
 
-    def call(self, given: tuple[Leaves, ...]) -> tuple[Any, ...]:
+    def call(self, given: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
         """The results for the leaves of a call."""
         out: tuple[Any, ...] = self.function.emitted.call(*[given[g][k] for g, k in self.sources])
         return out

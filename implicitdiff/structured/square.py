@@ -77,7 +77,7 @@ class SquareRecipes(Recipes):
             rows = self.declared.space.rows
             outputs = [Output(f"w{k}", ref, rows[k], prefix=STACKED) for k, ref in enumerate(found)]
         return Recipe(
-            [*outputs, self._status(status, found, STACKED)], found, self._given(way) if given else {}
+            [*outputs, self.verdict(status, found, STACKED)], found, self._given(way) if given else {}
         )
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
@@ -105,7 +105,7 @@ class SquareRecipes(Recipes):
         held = [build.hold(ref) for ref in self.system.parts(found)]
         gradients = declared.input_gradients([build.number(0.0) for _ in v], held)
         outputs = self._gradient_outputs(gradients, wanted, 1.0, [])
-        verdict = self._status(status, held, BATCHED)
+        verdict = self.verdict(status, held, BATCHED)
         return Recipe([*outputs, verdict], [*held, *status], self._given(way) if given else {})
 
     def hessian(self) -> Recipe:
@@ -208,7 +208,7 @@ class SquarePlan(StructuredPlan):
                 w = tuple(x.reshape(*lead, *shape) for x, shape in zip(found, shapes, strict=True))
             else:
                 s = self.arguments.joined(found, 2)
-            status = torch.maximum(status, merge.verdicts(out[-1], lead[1], device))
+            status = torch.maximum(status, self._verdicts(out[-1], lead[1], device))
         return w, s, status
 
     def _one_side(self, way: Way, given: bool) -> Written:

@@ -55,14 +55,15 @@ def steps_of(nodes: Sequence[Node], said: Sequence[tuple[Ref, Step]]) -> Steps:
             )
         elif template.startswith("saddle.FullKKT"):
             say(node, "", "K = [[H, -A'], [-A, 0]]", "K")
-            for arg, name in zip(args, ("H", "A"), strict=True):
-                say(arg, name, {"H": "H as a matrix", "A": "A = D_u h"}[name])
+            texts = ("H as a matrix", "A = D_u h", "the corner of K: 1 for inequalities that are not active")
+            for arg, name, what in zip(args, ("H", "A", "D"), texts, strict=False):
+                say(arg, name, what)
         elif template.startswith("saddle.RangeSpace"):
             say(node, "", "S = A H^-1 A', from solves with H", "S")
             say(args[1], "A", "A = D_u h")
         elif template.startswith(("saddle.anchor_weight", "saddle.largest")):
             say(node, "rho" if "anchor" in template else "", "the weight of A'A beside H")
-        elif template.startswith(("{0}.status", "saddle.merged", "saddle.divided")):
+        elif template.startswith(("{0}.status", "saddle.merged", "saddle.divided", "saddle.vanished")):
             say(node, "status", "a verdict on each sample")
         elif template.startswith("{0}.cancelled"):
             say(node, "cancelled", "whether digits cancelled in S")

@@ -19,7 +19,7 @@ from implicitdiff.graph.emit import Emitter
 from implicitdiff.graph.ir import Node, Ref, reachable
 from implicitdiff.graph.purpose import Step
 from implicitdiff.graph.record import LOCK
-from implicitdiff.kkt import saddle
+from implicitdiff.kkt import entries, indexed, saddle
 from implicitdiff.operators.block import NullVectors
 from implicitdiff.structured.arguments import Arguments
 from implicitdiff.structured.compiled import Compiled
@@ -80,6 +80,8 @@ class Writer:
             "operators": operators,
             "solvers": solvers,
             "saddle": saddle,
+            "indexed": indexed,
+            "entries": entries,
             **constants,
         }
         if null_vectors:

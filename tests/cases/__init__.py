@@ -8,6 +8,7 @@ checked).
 from tests.cases import (
     bands,
     constrained,
+    graphs,
     inputs,
     matrix_variable,
     networks,
@@ -34,6 +35,7 @@ CASES: tuple[Case, ...] = (
     *constrained.CASES,
     *matrix_variable.CASES,
     *bands.CASES,
+    *graphs.CASES,
     *transport.CASES,
     *redundant.CASES,
     *pytrees.CASES,

@@ -327,8 +327,8 @@ CASES = (
         make_problem=Circle,
         inputs=lambda draw, sizes: (draw.normal(*sizes),),
         sizes=((6,), (4,), (3,)),
-        hessian="low-rank-plus-diagonal",
-        notes="falls back to products with selection matrices",
+        hessian="sparse",
+        notes="the last entry is a neighbour of the first: no band",
     ),
 )
 

@@ -34,7 +34,7 @@ def nonlinear(s: Scope, u: Value, planted: str, tied: frozenset[str]) -> Value:
     scalar = None
     if planted == "scaled-identity":
         scalar = terms.scaled_identity(s, u)
-    elif planted in ("diagonal", "banded") or s.chance(0.3):
+    elif planted in ("diagonal", "banded", "sparse") or s.chance(0.3):
         scalar = terms.diagonal(s, u)
     if scalar is not None:
         return Value(f"(0.5 * ({scalar}) - {s.data(())})", (), ())

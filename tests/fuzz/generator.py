@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 import implicitdiff as idf
-from tests.fuzz import bands, constraints, terms
+from tests.fuzz import bands, constraints, graphs, terms
 from tests.fuzz.bands import Band
 from tests.fuzz.scope import Scope, Shape, Source
 from tests.fuzz.values import Value
 
-KINDS = ("scaled-identity", "diagonal", "banded", "block-diagonal", "low-rank-plus-diagonal", "dense")
+KINDS = (
+    "scaled-identity", "diagonal", "banded", "block-diagonal", "low-rank-plus-diagonal", "sparse", "sum", "dense",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,13 @@ def _numbers(u: Value, labels: frozenset[str], permuted: bool) -> tuple[int, ...
 
 
 def _kind(s: Scope, u: Value, band: Band | None) -> str:
-    weights = dict(zip(KINDS, (2, 3, 4, 4, 4, 3), strict=True))
+    weights = dict(zip(KINDS, (2, 3, 4, 4, 4, 4, 3, 3), strict=True))
     if band is None:
         del weights["banded"]
     if sum(size > 1 for size in u.shape) < 2:
         del weights["block-diagonal"]
+    if not graphs.has_graph(u):
+        del weights["sparse"], weights["sum"]
     return s.rng.choice([kind for kind, weight in weights.items() for _ in range(weight)])
 
 
@@ -179,6 +183,12 @@ def _objective(s: Scope, u: Value, planted: str, tied: frozenset[str], band: Ban
         chosen = [bands.neighbours(s, u, band), terms.ridge(s, u)]
         if s.chance(0.6):
             chosen.append(s.rng.choice([bands.neighbours, bands.at_the_ends])(s, u, band))
+    elif planted == "sparse":
+        chosen = [graphs.edges(s, u) for _ in range(s.rng.randint(1, 2))] + [terms.ridge(s, u)]
+    elif planted == "sum":
+        other = bands.some_band(s, u)
+        base = bands.neighbours(s, u, other) if other is not None and s.chance(0.6) else graphs.edges(s, u)
+        chosen = [base, terms.coupled(s, u, frozenset()), terms.ridge(s, u)]
     elif planted in ("block-diagonal", "low-rank-plus-diagonal"):
         forms = [terms.coupled] * 4 + [terms.normalised] * (bool(u.shape))
         forms += [terms.quadratic_form] * (planted == "block-diagonal")
@@ -246,6 +256,8 @@ def _equality(
             outputs = [bands.ends(s, u, band) if linear else constraints.banded(s, u, band)]
         else:
             outputs = [constraints.linear(s, u) if linear else constraints.nonlinear(s, u, planted, tied)]
+            if linear and math.prod(u.shape) > 4 and s.chance(0.25):
+                outputs = [graphs.flows(s, u)]
         if s.chance(0.3):
             outputs.append(constraints.linear(s, u))
     returned = s.rng.choice(["tuple", "dict"] if len(outputs) > 1 else ["tensor", "tensor", "tuple"])
@@ -282,11 +294,13 @@ def _assemble(
     zeros = [f"torch.zeros({shape}, dtype=torch.float64)" for shape in variables]
     body = ["class Generated(idf.Problem):"]
     parameters = [source for source in sources if source.parameter]
-    if parameters:
+    if parameters or s.indices:
         body += ["    def __init__(self):", "        super().__init__()"]
         for p in parameters:
             zero = f"torch.zeros({p.shape}, dtype=torch.float64)"
             body.append(f"        self.{p.name} = torch.nn.Parameter({zero})")
+        for k, entries in enumerate(s.indices):
+            body.append(f"        self.i{k} = torch.tensor({list(entries)})")
     body += [f"    def objective(self, {arguments}):", *(f"        {line}" for line in objective)]
     if equality:
         body += [f"    def equality(self, {arguments}):", *(f"        {line}" for line in equality)]

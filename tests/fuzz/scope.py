@@ -40,6 +40,7 @@ class Scope:
         default_factory=list
     )  # values tied to every label of u, for later terms to use again
     free_labels: int = 0
+    indices: list[tuple[int, ...]] = field(default_factory=list)
 
     def chance(self, probability: float) -> bool:
         """True with this probability."""
@@ -61,6 +62,11 @@ class Scope:
         name = f"t{len(self.lines)}"
         self.lines.append(f"{name} = {text}")
         return name
+
+    def index(self, entries: list[int]) -> str:
+        """An index tensor, an attribute of the problem."""
+        self.indices.append(tuple(entries))
+        return f"self.i{len(self.indices) - 1}"
 
     def number(self) -> str:
         """A literal between 0.3 and 1.9."""

@@ -19,6 +19,7 @@ HEIGHT = 9.5  # cm
 # Line styles repeat what colours say.
 STYLES: tuple[Any, ...] = ("-", "--", (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)), "-.")
 LEAST = 1e-12
+LONG = 21  # characters of a label that leave no room for a second column
 
 
 def drawn(family: Family, summary: Summary) -> list[tuple[str, str]]:
@@ -33,6 +34,8 @@ def collapse(family: Family, summary: Summary) -> Any:
         ImplicitDiffError: matplotlib is not installed.
     """
     require_matplotlib("a figure of cost collapse")
+    from matplotlib.ticker import MaxNLocator
+
     from implicitdiff.diagnostics.style import COLOURS, house_style, new_figure
 
     with house_style():
@@ -44,13 +47,14 @@ def collapse(family: Family, summary: Summary) -> Any:
                 axes.plot(epochs, values.mean(0), color=colour, linestyle=style, label=label, linewidth=1.3)
                 axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         norms.set_yscale("log")
-        norms.set_ylabel("mean |w| of test data\n(units of cost)")
+        norms.set_ylabel("mean |w|, test data\n(units of cost)")
         scores.set_ylabel(f"{family.values[0][1]}\n(test data)")
         scores.set_xlabel("epoch")
+        scores.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.align_ylabels()
-        figure.legend(
-            *norms.get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=2.6
-        )
+        columns = 1 if max(len(label) for _, label in drawn(family, summary)) > LONG else 2
+        handles = norms.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=columns, handlelength=2.6)
     return figure
 
 

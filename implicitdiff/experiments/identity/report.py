@@ -69,21 +69,31 @@ def _opening(command: str) -> str:
 
 
 def _overview(reports: Sequence[tuple[Family, Summary | None]]) -> str:
-    rows = []
-    for family, summary in reports:
-        if summary is None:
-            rows.append(f"| {family.title} | - | - | not run |")
-            continue
-        found = verdicts(family, summary)
-        held = sum(verdict.holds is True for verdict in found)
-        failed = [
-            verdict.statement.split(" (")[0].split(";")[0] for verdict in found if verdict.holds is False
-        ]
-        seeds = len({run.seed for run in summary.runs})
-        rest = "; ".join(failed) if failed else "all hold"
-        rows.append(f"| {family.title} | {seeds} | {held} of {len(found)} | {rest} |")
-    head = "| experiment | seeds | orderings that hold | those that do not |\n|---|---|---|---|"
-    return "\n".join([head, *rows])
+    head = (
+        "| experiment | seeds | methods | orderings that hold | those that do not | not tried |\n"
+        + "|---" * 6
+        + "|"
+    )
+    return "\n".join([head, *(_overview_row(family, summary) for family, summary in reports)])
+
+
+def _overview_row(family: Family, summary: Summary | None) -> str:
+    if summary is None:
+        return f"| {family.title} | - | 0 of {len(family.methods)} | - | - | {len(family.orderings)} |"
+    found = verdicts(family, summary)
+    tried = [verdict for verdict in found if verdict.holds is not None]
+    failed = [verdict.statement.split(" (")[0].split(";")[0] for verdict in tried if not verdict.holds]
+    seeds = len({run.seed for run in summary.runs})
+    methods = f"{len(summary.methods())} of {len(family.methods)}"
+    cells = (
+        family.title,
+        str(seeds),
+        methods,
+        f"{len(tried) - len(failed)} of {len(tried)}",
+        "; ".join(failed) or "-",
+        str(len(found) - len(tried)),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _section(family: Family, summary: Summary) -> str:

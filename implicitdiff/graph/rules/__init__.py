@@ -3,6 +3,6 @@
 In: an aten operation with its arguments as `Value`s. Out: its `Value`. Importing this package registers all rules.
 """
 
-from implicitdiff.graph.rules import create, index, matmul, pointwise, reduce, view
+from implicitdiff.graph.rules import create, gather, index, matmul, pointwise, reduce, view
 
-__all__ = ["create", "index", "matmul", "pointwise", "reduce", "view"]
+__all__ = ["create", "gather", "index", "matmul", "pointwise", "reduce", "view"]

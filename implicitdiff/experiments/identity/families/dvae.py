@@ -155,7 +155,7 @@ FAMILY = Family(
     ),
     note="The perturbed optimiser trains the decoder on means of codes and is tested on codes.",
     collapse=(
-        ("Identity", "none"),
+        ("Identity", "no projection"),
         ("Identity, P_mean", "P_mean"),
         ("Identity, P_norm", "P_norm"),
         ("Identity, P_std", "P_std"),

@@ -186,7 +186,7 @@ FAMILY = Family(
         ),
     ),
     collapse=(
-        ("Identity", "none"),
+        ("Identity", "no projection"),
         ("Identity, P_mean", "P_mean"),
         ("Identity, P_norm", "P_norm"),
         ("Identity, P_std", "P_std"),

@@ -184,11 +184,12 @@ FAMILY = Family(
             ),
         ),
     ),
+    note="The margin ends in the middle of training: what is seen after that is whether costs stay where they are.",
     collapse=(
-        ("Identity", "none"),
-        ("Blackbox 20", "Blackbox, none"),
-        ("Identity, P_std, noise 0.2, gradient noise 0.25", "both, gradient noise"),
-        ("Blackbox 20, noise 0.2, gradient noise 0.25", "Blackbox, noise, gradient noise"),
+        ("Identity", "Identity, no margin"),
+        ("Blackbox 20", "Blackbox, no margin"),
+        ("Identity, P_std, noise 0.2, gradient noise 0.25", "Identity, P_std, margin, noise on gradients"),
+        ("Blackbox 20, noise 0.2, gradient noise 0.25", "Blackbox, margin, noise on gradients"),
     ),
 )
 

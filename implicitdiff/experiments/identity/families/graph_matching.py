@@ -121,7 +121,11 @@ FAMILY = Family(
     published=PUBLISHED,
     source="Sahoo et al., Tab. 4, Pascal VOC",
     orderings=orderings("0.1", "0.1"),
-    collapse=(("Identity", "none"), ("Identity, noise 0.1", "noise"), ("Identity, P_norm", "projection")),
+    collapse=(
+        ("Identity", "Identity"),
+        ("Identity, noise 0.1", "Identity, noise"),
+        ("Identity, P_norm", "Identity, P_norm"),
+    ),
 )
 
 __all__ = ["FAMILY", "train"]

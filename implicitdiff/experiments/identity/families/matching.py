@@ -204,10 +204,10 @@ FAMILY = Family(
         "centring."
     ),
     collapse=(
-        ("Identity", "none"),
-        ("Identity, noise 0.1", "noise"),
-        ("Identity, P_norm", "projection"),
-        ("Identity, P_norm, noise 0.1", "both"),
+        ("Identity", "Identity"),
+        ("Identity, noise 0.1", "Identity, noise"),
+        ("Identity, P_norm", "Identity, P_norm"),
+        ("Identity, P_norm, noise 0.1", "Identity, both"),
     ),
 )
 

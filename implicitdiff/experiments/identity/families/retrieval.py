@@ -150,6 +150,12 @@ FAMILY = Family(
             ),
         ),
     ),
+    collapse=(
+        ("Identity", "no projection"),
+        ("Identity, P_mean", "P_mean"),
+        ("Identity, P_norm", "P_norm"),
+        ("Identity, P_std", "P_std"),
+    ),
 )
 
 __all__ = ["FAMILY", "ranking_loss", "train"]

