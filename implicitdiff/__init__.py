@@ -11,6 +11,7 @@ import typing
 from implicitdiff import operators, optimizers
 from implicitdiff.autograd import KKTOptions
 from implicitdiff.diagnostics import check, compare, explain, walkthrough
+from implicitdiff.equations import FixedPoint, Root
 from implicitdiff.errors import (
     CapturedTensorError,
     ControlFlowError,
@@ -37,9 +38,9 @@ from implicitdiff.errors import (
     TraceError,
     UnrollError,
 )
-from implicitdiff.layer import DeclarativeLayer, solve
+from implicitdiff.layer import DeclarativeLayer, implicit, solve
 from implicitdiff.memory import memory_limit, set_memory_limit
-from implicitdiff.problem import FixedPoint, Problem, Root, Solution
+from implicitdiff.problem import Problem, Solution
 from implicitdiff.records import record
 from implicitdiff.status import Status
 from implicitdiff.vjp import derivatives, jacobian
@@ -84,6 +85,7 @@ __all__ = [
     "compare",
     "derivatives",
     "explain",
+    "implicit",
     "jacobian",
     "memory_limit",
     "operators",

@@ -258,7 +258,9 @@ def _methods(kind: type) -> tuple[types.FunctionType, ...]:
     classes = [c for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.")]
     values = [_underlying(value) for c in classes for value in vars(c).values()]
     functions = [value for value in values if isinstance(value, types.FunctionType)]
-    return tuple(f for f in functions if f.__module__ != "implicitdiff.problem")
+    return tuple(
+        f for f in functions if f.__module__ not in ("implicitdiff.problem", "implicitdiff.equations")
+    )
 
 
 @functools.lru_cache(maxsize=1024)

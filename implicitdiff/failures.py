@@ -136,14 +136,16 @@ def name_samples(samples: Sequence[int], batch: int) -> str:
 def _reason(found: Check, mask: Tensor, kind: Status, source: str) -> str:
     residuals, tol = found.residuals, found.tol
     if kind == Status.NONFINITE:
-        return f"{source} gave NaN or inf in u, a multiplier, f, D_Y L or h"
+        places = "u or the residual" if found.square else "u, a multiplier, f, D_Y L or h"
+        return f"{source} gave NaN or inf in {places}"
     # The worst sample's numbers stand for all; a NaN would win, but samples with one are NONFINITE.
     worst = int(torch.where(mask, residuals.relative, -1).argmax())
     by_constraint = bool(residuals.violation[worst] >= residuals.relative[worst])
     if kind == Status.INFEASIBLE or (by_constraint and bool(residuals.constraint[worst] > 0)):
         leaf = 0 if residuals.leaf is None else int(residuals.leaf[worst])
         where = found.names[leaf] if found.names else f"constraint leaf {leaf}"
-        size, scale, name = residuals.constraint[worst], residuals.constraint_scale[worst], f"|h| of {where}"
+        name = f"|residual| of output {leaf}" if found.square else f"|h| of {where}"
+        size, scale = residuals.constraint[worst], residuals.constraint_scale[worst]
     else:
         size, scale, name = residuals.gradient[worst], residuals.gradient_scale[worst], "|D_Y L|"
     verdict = f"{name} = {float(size):.1e} > {tol:.1e} * {float(scale):.2g}"

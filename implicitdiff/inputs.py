@@ -209,7 +209,7 @@ def check_finite(names: Sequence[str], leaves: Sequence[torch.Tensor], batched: 
 
 
 def parameter_names(problem: Problem, inputs: Sequence[Any]) -> tuple[str, ...]:
-    """The names that ``objective`` gives to the inputs; checks their number.
+    """The names that ``objective`` (``residual``, ``step``) gives to the inputs; checks their number.
 
     Raises:
         InputError: There are more or fewer inputs than ``objective`` takes after u.
@@ -226,10 +226,10 @@ def parameter_names(problem: Problem, inputs: Sequence[Any]) -> tuple[str, ...]:
             takes = f"{required - 1} to {len(names) - 1}"
         shown = ", ".join([*names, *([f"*{rest}"] if rest else [])])
         raise InputError(
-            f"{type(problem).__name__}.objective({shown}) takes {takes} inputs after the variable, got "
+            f"{type(problem).__name__}.{problem.MAIN}({shown}) takes {takes} inputs after the variable, got "
             f"{given}"
         )
-    extra = [f"{rest}[{i}]" for i in range(given - len(names) + 1)]
+    extra = [f"{rest}[{i}]" for i in range(given - max(len(names), 1) + 1)]
     return (*names[1 : given + 1], *extra)
 
 
@@ -240,11 +240,12 @@ def variable_name(problem: Problem) -> str:
 
 
 def _positional(problem: Problem) -> tuple[tuple[str, ...], int, str | None]:
-    objective = problem.objective
-    if isinstance(objective, types.MethodType):
-        names, required, rest = _signature(objective.__func__)
+    main = getattr(problem, problem.MAIN)
+    main = main.forward if isinstance(main, torch.nn.Module) else main
+    if isinstance(main, types.MethodType):
+        names, required, rest = _signature(main.__func__)
         return names[1:], required - 1, rest
-    return _signature(objective)
+    return _signature(main)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -87,6 +87,8 @@ class Check:
     names: tuple[str, ...] = ()
     clash: str = ""
     all_ok: bool = False
+    square: bool = False
+    """Whether h is the residual of a system of equations."""
 
 
 def _relative(size: Tensor, scale: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ def check(
     if settled is not None:
         return settled
     residuals = measure(plan, variables, multipliers, theta, found)
-    if not bool((residuals.relative <= tol).all()):
+    if not plan.trace.square and not bool((residuals.relative <= tol).all()):
         residuals = _with_linear_part(plan, residuals, variables, multipliers, theta, tol)
     status = torch.full_like(residuals.gradient, Status.NOT_OPTIMAL, dtype=torch.int8)
     status[residuals.relative <= tol] = Status.OK
@@ -225,7 +227,7 @@ def check(
     clash = ""
     if bool(violated.any()):
         names = constraint_names(plan)
-        rest = irreducible_part(plan, variables, theta, tol)
+        rest = None if plan.trace.square else irreducible_part(plan, variables, theta, tol)
         if rest is not None:
             infeasible = violated & rest.any(1)
             status[infeasible] = Status.INFEASIBLE
@@ -234,7 +236,7 @@ def check(
             )
     finite = torch.stack([torch.isfinite(_largest(leaf)) for leaf in (*variables, *multipliers)]).all(0)
     status[~finite | ~torch.isfinite(residuals.gradient + residuals.constraint)] = Status.NONFINITE
-    return Check(residuals, status, tol, names, clash)
+    return Check(residuals, status, tol, names, clash, bool(plan.trace.square))
 
 
 def constraint_names(plan: Plan) -> tuple[str, ...]:

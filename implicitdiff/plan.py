@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.derivatives.autodiff import ApproximatePlan, AutodiffPlan
+from implicitdiff.derivatives.equations import EquationsMatrixFreePlan, EquationsPlan, OneStepPlan
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.matrixfree import MatrixFreePlan
 from implicitdiff.derivatives.stationarity import Stationarity as Stationarity
@@ -32,7 +33,10 @@ from implicitdiff.operators import LinearOperator
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec, describe
 from implicitdiff.structure.report import Analysis, Fallback, MatrixReport
+from implicitdiff.structured.hook import DeclaredHessian, declared_hessian
+from implicitdiff.structured.hybrid import HybridPlan
 from implicitdiff.structured.plan import StructuredPlan
+from implicitdiff.structured.square import SquarePlan
 from implicitdiff.torch_private import clean_context
 
 Leaves = tuple[Tensor, ...]
@@ -149,6 +153,8 @@ def plan_for(
 def _traced(problem: Problem, variables: tuple[Sequence[Tensor], Spec], bound: Bound) -> Trace:
     """The trace; where there are inequalities or bounds, that of the problem on an active set."""
     trace = trace_problem(problem, variables, bound)
+    if problem.declares("hessian") and not trace.limited:
+        trace = replace(trace, hessian=declared_hessian(problem, trace, bound, variables[0]))
     return active_trace(trace) if trace.limited else trace
 
 
@@ -201,11 +207,15 @@ def _build(
     trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool] = (), *, compiled: bool = False
 ) -> Plan:
     """Choose the kind of plan for a trace; `shown` are the theta whose gradients the report's code computes."""
+    if trace.square:
+        return _build_square(trace, backward, linear_solver, shown, compiled=compiled)
     fallbacks: tuple[Fallback, ...] = ()
     if backward == "matrix-free":
         return MatrixFreePlan(trace, unstructured(trace, "matrix-free", "minres", fallbacks))
     if backward == "approximate":
         return ApproximatePlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+    if isinstance(trace.hessian, DeclaredHessian) and backward != "dense":
+        return HybridPlan(trace, trace.hessian, linear_solver)
     if backward != "dense":
         try:
             dense = AutodiffPlan(trace, unstructured(trace, "dense", "lu", ()))
@@ -220,6 +230,29 @@ def _build(
     return AutodiffPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
 
 
+def _build_square(
+    trace: Trace, backward: str, linear_solver: str, shown: Sequence[bool], *, compiled: bool
+) -> Plan:
+    """The plan of a system of equations."""
+    fallbacks: tuple[Fallback, ...] = ()
+    if backward == "approximate":
+        return OneStepPlan(trace, unstructured(trace, "scaled-identity", "divide", fallbacks))
+    large = over_limit("J", _rows(trace), trace.variables[0].dtype.itemsize)
+    if backward == "matrix-free":
+        return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
+    dense = EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+    if backward == "dense":
+        return dense
+    try:
+        return SquarePlan(trace, linear_solver, dense, shown, compiled=compiled)
+    except Unsupported as refusal:
+        fallbacks = (Fallback(refusal.operation, refusal.line, refusal.reason),)
+    if large:
+        fallbacks = (*fallbacks, Fallback("", "", large))
+        return EquationsMatrixFreePlan(trace, unstructured(trace, "matrix-free", "gmres", fallbacks))
+    return EquationsPlan(trace, unstructured(trace, "dense", "lu", fallbacks))
+
+
 def not_compiled(reason: str) -> None:
     """Warn that compile=True has no effect."""
     warnings.warn(
@@ -232,7 +265,7 @@ def not_compiled(reason: str) -> None:
 def _rows(trace: Trace) -> int:
     """Rows of one sample's KKT matrix."""
     size = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
-    if trace.equality is not None:
+    if trace.equality is not None and not trace.square:
         size += sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
     return size
 
@@ -243,7 +276,7 @@ def unstructured(trace: Trace, kind: str, solver: str, fallbacks: tuple[Fallback
     m = sum(torch.Size(placeholder.shape).numel() for placeholder in trace.variables)
     p = (
         0
-        if trace.equality is None
+        if trace.equality is None or trace.square
         else sum(torch.Size(shape).numel() for shape in trace.equality.output_shapes)
     )
     return Analysis(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
-from implicitdiff.errors import NotSupportedYetError, ProblemDefinitionError
+from implicitdiff.errors import ProblemDefinitionError
 
 _ALIVE: weakref.WeakValueDictionary[int, "Problem"] = weakref.WeakValueDictionary()
 
@@ -39,6 +39,8 @@ class Problem(torch.nn.Module):
         >>> u = layer(x)                                    # x (batch, m, n) -> u (batch, m)
     """
 
+    MAIN: ClassVar[str] = "objective"
+    """The hook that a declaration cannot do without; its signature names the variable and the inputs."""
     HOOKS: ClassVar[tuple[str, ...]] = (
         "objective", "equality", "inequality", "bounds", "init", "solve", "vjp", "hessian", "example",
     )  # fmt: skip
@@ -66,6 +68,14 @@ class Problem(torch.nn.Module):
             raise ProblemDefinitionError(f"there is no hook named {name!r}; the hooks are {hooks}")
         return name in self.__dict__ or getattr(type(self), name) is not getattr(Problem, name)
 
+    @property
+    def square(self) -> bool:
+        """Whether this is a system of as many equations as unknowns (``idf.Root``, ``idf.FixedPoint``)."""
+        return self.MAIN != "objective"
+
+    def check_declaration(self) -> None:
+        """Raise ProblemDefinitionError where hooks that are declared contradict each other; here none do."""
+
     def forward(self, *inputs: Any, **unused: Any) -> NoReturn:
         """Raise: a Problem is a declaration, the layer solves it."""
         name = type(self).__name__
@@ -90,7 +100,7 @@ class Problem(torch.nn.Module):
         It is traced once per signature, so it is written in torch operations, without reading values in
         Python (``if``, ``float``, ``.item()``) and without random numbers.
         """
-        raise _undeclared(self, "objective")
+        raise undeclared(self, "objective")
 
     def equality(self, u: Any, *inputs: Any, **unused: Any) -> Any:
         """The constraints h(u, x) = 0, for one sample.
@@ -103,7 +113,7 @@ class Problem(torch.nn.Module):
             A tensor or a pytree of tensors, each of any shape (0-dim too); each entry is one constraint. They
             may be nonlinear, depend on the inputs, and be redundant.
         """
-        raise _undeclared(self, "equality")
+        raise undeclared(self, "equality")
 
     def inequality(self, u: Any, *inputs: Any, **unused: Any) -> Any:
         """The constraints g(u, x) <= 0, for one sample; as ``equality``.
@@ -111,7 +121,7 @@ class Problem(torch.nn.Module):
         The multipliers mu are non-positive at a minimum, the negative of the textbook's. Constraints that are not
         active (g < 0) never change a derivative.
         """
-        raise _undeclared(self, "inequality")
+        raise undeclared(self, "inequality")
 
     def bounds(self, *inputs: Any, **unused: Any) -> tuple[Any, Any]:
         """(lower, upper) bounds of u for one sample; they may depend on the inputs and on Parameters.
@@ -124,7 +134,7 @@ class Problem(torch.nn.Module):
             u with None, numbers and tensors in it. Infinite entries are no bounds. A variable on its bound follows it,
             and is masked out of the linear systems: bounds make no rows of A.
         """
-        raise _undeclared(self, "bounds")
+        raise undeclared(self, "bounds")
 
     def init(self, *inputs: Any, **unused: Any) -> Any:
         """A start point for one sample; it fixes the structure, the shapes and the dtype of u.
@@ -136,15 +146,27 @@ class Problem(torch.nn.Module):
             A tensor or a pytree of tensors of the dtype and device of the inputs. It may be left out if
             ``solve`` is declared.
         """
-        raise _undeclared(self, "init")
+        raise undeclared(self, "init")
 
     def hessian(self, u: Any, multipliers: Any, *inputs: Any, **unused: Any) -> Any:
-        """D_uu of the *Lagrangian* for one sample, as one of ``idf.operators``; for hybrid problems.
+        """D_uu of the *Lagrangian* f - lambda'h for one sample, as one of ``idf.operators``; for hybrid problems.
 
-        Reserved: the derivation from the graph is exact without it and does not call it yet. Once used, it will be
-        probed against the declared functions, and a contradiction will raise StructureError.
+        Args:
+            u: The variable of one sample.
+            multipliers: lambda, in the structure of ``equality``; None without constraints.
+            inputs: The inputs of one sample.
+
+        Returns:
+            A symmetric operator over the entries of u in order, its tensors with a leading axis of 1, as
+            ``idf.operators.Diagonal(d[None])``. ``idf.operators.Sum((structured, idf.operators.Autodiff(rest,
+            u)))`` has structure for some terms and automatic differentiation for the rest. It is traced like the
+            objective.
+
+        Not used with inequalities or bounds, whose active sets change the system. Elsewhere it takes the place of the
+        derivation from the graph, which needs no help for operations that it knows. It is held against
+        a Hessian-vector product at every solve: a contradiction raises StructureError.
         """
-        raise _undeclared(self, "hessian")
+        raise undeclared(self, "hessian")
 
     # Batched: the batch axis first on everything, shared inputs expanded with stride 0, no gradient recorded
 
@@ -162,7 +184,7 @@ class Problem(torch.nn.Module):
             u with the batch axis first, or ``idf.Solution(u, equality_multipliers=..., status=...)``. The
             result is checked for optimality.
         """
-        raise _undeclared(self, "solve")
+        raise undeclared(self, "solve")
 
     def vjp(self, u: Any, v: Any, *inputs: Any, **unused: Any) -> Any:
         """A hand-written gradient, for comparison and for ``backward="hand"``; the automatic path never calls
@@ -177,7 +199,7 @@ class Problem(torch.nn.Module):
             One gradient per input, of the input's shape with the batch axis first; a tensor if there is one
             input, else a tuple.
         """
-        raise _undeclared(self, "vjp")
+        raise undeclared(self, "vjp")
 
     def example(self) -> tuple[Any, ...]:
         """A tuple of batched inputs to try the problem on: for the command line, the gallery, the tests.
@@ -185,29 +207,7 @@ class Problem(torch.nn.Module):
         It may take sizes by keyword, as ``def example(self, batch=3, n=9)``: ``idf.compare(problem, sweep={"n": [16,
         64]})`` and ``implicitdiff explain PROBLEM --size n=64`` then call it with them.
         """
-        raise _undeclared(self, "example")
-
-
-class Root(Problem):
-    """The solution of residual(u, x) = 0, with as many equations as unknowns. Not supported yet."""
-
-    def __init__(self) -> None:
-        raise _not_yet(type(self).__name__, "Root")
-
-    def residual(self, u: Any, *inputs: Any, **unused: Any) -> Any:
-        """The residual of one sample, with as many entries as u."""
-        raise _not_yet(type(self).__name__, "Root")
-
-
-class FixedPoint(Problem):
-    """The solution of u = step(u, x). Not supported yet."""
-
-    def __init__(self) -> None:
-        raise _not_yet(type(self).__name__, "FixedPoint")
-
-    def step(self, u: Any, *inputs: Any, **unused: Any) -> Any:
-        """One step for one sample, of the structure and shapes of u."""
-        raise _not_yet(type(self).__name__, "FixedPoint")
+        raise undeclared(self, "example")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,6 @@ def require_problem(problem: object) -> Problem:
 
     Raises:
         ProblemDefinitionError: It is not a Problem, has no objective, or has neither ``init`` nor ``solve``.
-        NotSupportedYetError: It is a Root or a FixedPoint.
     """
     if isinstance(problem, type) and issubclass(problem, Problem):
         raise ProblemDefinitionError(
@@ -266,14 +265,13 @@ def require_problem(problem: object) -> Problem:
             "objective(self, u, ...) and init(self, ...)"
         )
     name = type(problem).__name__
-    if isinstance(problem, Root | FixedPoint):
-        raise _not_yet(name, "Root" if isinstance(problem, Root) else "FixedPoint")
     if "_parameters" not in problem.__dict__:
         raise ProblemDefinitionError(
             f"{name}.__init__ does not call super().__init__(): make that its first line"
         )
-    if not problem.declares("objective"):
-        raise _undeclared(problem, "objective")
+    if not problem.declares(problem.MAIN):
+        raise undeclared(problem, problem.MAIN)
+    problem.check_declaration()
     if not (problem.declares("init") or problem.declares("solve")):
         raise ProblemDefinitionError(
             f"{name} declares neither init nor solve, so the structure and shape of u are unknown: declare "
@@ -282,16 +280,12 @@ def require_problem(problem: object) -> Problem:
     return problem
 
 
-def _undeclared(problem: Problem, hook: str) -> ProblemDefinitionError:
+def undeclared(problem: Problem, hook: str) -> ProblemDefinitionError:
+    """The error for a hook that is needed and not declared."""
+    kind = {"residual": "Root", "step": "FixedPoint"}.get(hook, "Problem")
     return ProblemDefinitionError(
-        f"{type(problem).__name__} does not declare {hook}: add a method {hook} (see idf.Problem.{hook})"
+        f"{type(problem).__name__} does not declare {hook}: add a method {hook} (see idf.{kind}.{hook})"
     )
-
-
-def _not_yet(name: str, kind: str) -> NotSupportedYetError:
-    what = "" if name == kind else f" ({name})"
-    remedy = "for now declare a Problem with an objective"
-    return NotSupportedYetError(f"idf.{kind}{what} is not supported yet: {remedy}")
 
 
 def problem_of(identity: int) -> Problem:

@@ -17,6 +17,7 @@ from implicitdiff.autograd import Call
 from implicitdiff.autograd.call import undisturbed
 from implicitdiff.autograd.kkt import solve as kkt_solve
 from implicitdiff.derivatives import eqn3, flat
+from implicitdiff.derivatives.equations import lagrangian_of
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.errors import InputError, SolutionError
 from implicitdiff.graph.trace import Example, variable_example
@@ -182,6 +183,8 @@ class Structured:
 class Derivatives:
     """The matrices of Eqn. 3 at one point, over flattened and joined variables (m), inputs (n) and constraints (p).
 
+    For a system of equations H is D_u of the residual, B is D_x of it, and A, C and the multipliers are empty.
+
     With L = f - lambda'h, H = D_uu L, B = D_xu L, A = D_u h, C = D_x h, and H regular:
 
         D_x u = H^-1 A' (A H^-1 A')^-1 (A H^-1 B - C) - H^-1 B.
@@ -195,6 +198,7 @@ class Derivatives:
         B_by_input: the columns of B by the name of the input, (m, size of the input).
         C_by_input: the columns of C likewise.
         structured: the operators used in place of these.
+        square: whether this is a system of equations.
     """
 
     A: Tensor
@@ -205,6 +209,7 @@ class Derivatives:
     B_by_input: dict[str, Tensor]
     C_by_input: dict[str, Tensor]
     structured: Structured
+    square: bool = False
 
     @property
     def Dy(self) -> Tensor:
@@ -240,7 +245,8 @@ class Derivatives:
             ("C", "D_X h", self.C),
             ("λ", "from λ'A = D_Y f", self.multipliers),
         ]
-        free = [("B", "D_XY L", self.B), ("H", "D_YY L", self.H)]
+        meanings = ("D_X r", "D_Y r") if self.square else ("D_XY L", "D_YY L")
+        free = [("B", meanings[0], self.B), ("H", meanings[1], self.H)]
         return [*free, *constrained] if self.A.shape[0] else free
 
 
@@ -269,7 +275,7 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         theta = tuple(tensor.detach() for tensor in dense.trace.theta(bound))
         point = tuple(leaf.detach()[None] for leaf in flatten_like(u, example.spec, "u", SolutionError))
         masks, lam, kept = active_at(dense, point, theta)
-        lagrangian = Lagrangian(dense.trace, (*(False,) * len(theta), *(True,) * len(masks)))
+        lagrangian = lagrangian_of(dense.trace, (*(False,) * len(theta), *(True,) * len(masks)))
         theta = (*theta, *masks)
         active = [i for i in range(len(bound.leaves)) if theta[i].is_floating_point()]
         first = point[0]
@@ -285,15 +291,24 @@ def derivatives(problem: Problem, u: Any, *inputs: Any) -> Derivatives:
         names = [bound.names[i] for i in active]
         columns = {name: flat.join([value], 1) for name, value in zip(names, pulled, strict=True)}
         joined = torch.cat(list(columns.values()), 1) if columns else first.new_zeros((m + p, 0))
+        jacobian = dense.constraint_jacobian(point, theta)[0]
+        if problem.square:
+            # D_x u = -H^-1 B: the residual is what stands in the place of D_u L, and nothing is constrained.
+            columns = {name: -value[m:] for name, value in columns.items()}
+            joined, jacobian, lam, kept = -joined[m:], jacobian[:0], (), kept[:0]
         return Derivatives(
-            A=dense.constraint_jacobian(point, theta)[0][kept],
+            A=jacobian[kept],
             B=joined[:m],
             C=-joined[m:][kept],
             H=dense.hessian(point, lam, theta).to_dense()[0],
             multipliers=flat.join(lam, 1)[0][kept] if lam else first.new_zeros(0),
             B_by_input={name: value[:m] for name, value in columns.items()},
             C_by_input={name: -value[m:][kept] for name, value in columns.items()},
-            structured=Structured(best.hessian(point, lam, theta), best.analysis),
+            structured=Structured(
+                best.hessian(point, best.multipliers(point, theta) if problem.square else lam, theta),
+                best.analysis,
+            ),
+            square=problem.square,
         )
 
 

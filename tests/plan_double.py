@@ -41,6 +41,7 @@ class TraceDouble:
     equality: EqualityDouble | None
     variable_spec: Any
     equality_spec: Any
+    square: str = ""
     limited: bool = False
     inequality: None = None
     inequality_spec: None = None

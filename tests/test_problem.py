@@ -99,24 +99,6 @@ def test_incomplete_declarations(thing: Any, message: str) -> None:
         require_problem(thing)
 
 
-def test_what_is_not_supported_yet_says_so() -> None:
-    class Sqrt(idf.Root):
-        def residual(self, u, x):
-            return u**2 - x
-
-    class Cosine(idf.FixedPoint):
-        def __init__(self) -> None:
-            torch.nn.Module.__init__(self)
-
-        def step(self, u, x):
-            return torch.cos(u)
-
-    with pytest.raises(idf.NotSupportedYetError, match=r"idf\.Root \(Sqrt\) is not supported yet"):
-        Sqrt()
-    with pytest.raises(idf.NotSupportedYetError, match=r"idf\.FixedPoint \(Cosine\) is not supported yet"):
-        require_problem(Cosine())
-
-
 def test_solution_is_frozen_and_defaults_to_nothing() -> None:
     solution = idf.Solution(torch.zeros(2))
     assert solution.equality_multipliers is None

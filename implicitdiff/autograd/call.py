@@ -17,6 +17,7 @@ from torch import Tensor
 
 from implicitdiff.autograd.options import PLAIN, KKTOptions
 from implicitdiff.autograd.shared import SharedFactor
+from implicitdiff.derivatives.equations import lagrangian_of
 from implicitdiff.derivatives.factor import KKTFactor
 from implicitdiff.derivatives.lagrangian import Lagrangian
 from implicitdiff.plan import Plan, with_batched
@@ -88,7 +89,7 @@ class Call:
     @property
     def lagrangian(self) -> Lagrangian:
         """The differentiable functions of the call, for its flags."""
-        return Lagrangian(self.plan.trace, self.batched)
+        return lagrangian_of(self.plan.trace, self.batched)
 
     @property
     def variables(self) -> int:
@@ -99,6 +100,11 @@ class Call:
     def multipliers(self) -> int:
         """The number of leaves of lam."""
         return self.lagrangian.multipliers
+
+    @property
+    def square(self) -> bool:
+        """Whether this is a system of equations, whose lam is 0 and does not move."""
+        return bool(self.plan.trace.square)
 
     def handle(self) -> int:
         """The number that stands for the call in a recorded graph."""

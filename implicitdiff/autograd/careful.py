@@ -199,9 +199,10 @@ def damped(
     """
     (u, lam, theta), (w, s) = point, z
     ones = tuple(torch.ones_like(leaf) for leaf in u)
-    product, _ = call.lagrangian.kkt_product(
+    product, pushed = call.lagrangian.kkt_product(
         u, lam, theta, ones, tuple(torch.zeros_like(leaf) for leaf in lam)
     )
+    product = pushed if call.square else product
     size = torch.stack([leaf.abs().reshape(len(bad), -1).amax(1) for leaf in product]).amax(0)
     size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
     used = torch.zeros_like(size)
@@ -224,7 +225,12 @@ def damped(
         amount = f"{float(shares.min()):.0e}"
         if float(shares.max()) > float(shares.min()):
             amount += f" to {float(shares.max()):.0e}"
-        message = f"{call.name}: {named}: the KKT matrix is singular, its Hessian was damped by {amount} of its size"
+        what = (
+            "Jacobian of the residual is singular and"
+            if call.square
+            else "KKT matrix is singular, its Hessian"
+        )
+        message = f"{call.name}: {named}: the {what} was damped by {amount} of its size"
         if matrix is not None:
             message += f"; {spectrum(some, matrix)}" + (
                 f" (sample {int(samples[0])})" if len(samples) > 1 else ""

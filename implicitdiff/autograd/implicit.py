@@ -70,7 +70,8 @@ class ImplicitFunction(torch.autograd.Function):
         ctx.call = call
         ctx.starts = len(inputs) - 1 - len(call.batched)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[-EXTRAS:])
+        # The multipliers of a system of equations are 0 wherever the inputs move.
+        ctx.mark_non_differentiable(*output[call.variables if call.square else -EXTRAS :])
         saved = (*output[: 1 - EXTRAS], *inputs[1 : 1 + len(call.batched)])  # u, lam, status, theta
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -182,7 +183,11 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         u, lam, status, theta = _saved(call, [tangent_free(value) for value in ctx.saved_tensors])
         moved = [t if floating(x) else None for t, x in zip(tangents, theta, strict=False)]
         if call.batch == 0 or all(tangent is None for tangent in moved):
-            return (*(torch.zeros_like(leaf) for leaf in (*u, *lam)), *(None,) * EXTRAS)
+            still = () if call.square else lam
+            return (
+                *(torch.zeros_like(leaf) for leaf in (*u, *still)),
+                *(None,) * (len(lam) - len(still) + EXTRAS),
+            )
         with undisturbed(u[0]):
             masks = Masks.of(call, status)
             u, lam, theta = masks.sound(u, lam, theta)
@@ -190,7 +195,9 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             towards_u, towards_h = call.lagrangian.input_tangent(inside, lam, theta, moved)
             rhs = [-leaf[None] for leaf in masks.silence((*without(towards_u, lost), *towards_h))]
             z = KKTSolve.apply(call, *rhs, *u, *lam, *theta)
-        return (*masks.mark([leaf[0] for leaf in z]), *(None,) * EXTRAS)
+        marked = masks.mark([leaf[0] for leaf in z])
+        moving = len(u) if call.square else len(z)
+        return (*marked[:moving], *(None,) * (len(z) - moving + EXTRAS))
 
 
 def pull_back(

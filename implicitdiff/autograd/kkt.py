@@ -230,6 +230,10 @@ def _report(call: Call, status: Tensor, bad: Tensor) -> None:
         "take the derivative of least norm with kkt=idf.KKTOptions(least_norm=True)"
     )
     message = f"{call.name}: {name_samples(samples, call.batch)}: {what}; {remedy}"
+    if call.square:
+        message = message.replace("the KKT matrix is", "the Jacobian of the residual is").replace(
+            "add a small quadratic term to the objective", "add a small multiple of u to the residual"
+        )
     emit(kind.name, "backward", samples, message, call.records)
     if call.on_failure in ("raise", "damp"):
         raise ConvergenceError(message) if kind == Status.NOT_CONVERGED else SingularError(message)

@@ -79,23 +79,24 @@ class AutodiffPlan:
         that a minimum at 0 found up to rounding is a minimum.
         """
         gradient, pull = pullback(lambda *v: self.lagrangian.gradient(v, lam, theta), u)
-        steps = self._steps(u, theta)
-        signed = tuple(step * _signs(step) for step in steps)
-        scale = _largest(pull(signed))
+        steps = self.steps(u, theta)
+        signed = tuple(step * signs(step) for step in steps)
+        scale = largest(pull(signed))
         if not self.constraint_shapes:
             return Stationarity(gradient, scale, (), torch.zeros_like(scale))
         constraint, pull_constraint = pullback(lambda *v: self.lagrangian.constraints(v, theta), u)
         pulled = pull_constraint(lam)
         slope = tuple(g + a for g, a in zip(gradient, pulled, strict=True))
-        scale = torch.stack([scale, _largest(slope), _largest(pulled)]).amax(0)
+        scale = torch.stack([scale, largest(slope), largest(pulled)]).amax(0)
         # A d by transposing the pullback s -> A's once more.
         zeros = tuple(torch.zeros_like(leaf) for leaf in constraint)
         _, push = pullback(lambda *s: self.lagrangian.constraint_pullback(u, theta, s), zeros)
         pushed = [push(direction) for direction in (signed, steps)]
-        constraint_scale = torch.stack([_largest(leaves) for leaves in pushed]).amax(0)
+        constraint_scale = torch.stack([largest(leaves) for leaves in pushed]).amax(0)
         return Stationarity(gradient, scale, constraint, constraint_scale)
 
-    def _steps(self, u: Leaves, theta: Leaves) -> Leaves:
+    def steps(self, u: Leaves, theta: Leaves) -> Leaves:
+        """|u|, or sqrt(eps) times the largest input where u is smaller altogether: see `stationarity`."""
         batch = u[0].shape[0]
         floor = torch.zeros(batch, dtype=u[0].dtype, device=u[0].device)
         for value, batched in zip(theta, self.lagrangian.batched, strict=True):
@@ -103,7 +104,7 @@ class AutodiffPlan:
                 entries = value.detach().abs()
                 floor = torch.maximum(floor, entries.reshape(batch, -1).amax(1) if batched else entries.max())
         floor = floor * torch.finfo(u[0].dtype).eps ** 0.5
-        lift = torch.where(_largest(u) > floor, 0.0, floor)
+        lift = torch.where(largest(u) > floor, 0.0, floor)
         return tuple(leaf.abs() + _per_sample(lift, leaf) for leaf in u)
 
     def multipliers(self, u: Leaves, theta: Leaves) -> Leaves:
@@ -256,7 +257,7 @@ class ApproximatePlan(AutodiffPlan):
         return FactoredBy(solve)
 
 
-def _largest(leaves: Sequence[Tensor]) -> Tensor:
+def largest(leaves: Sequence[Tensor]) -> Tensor:
     """The largest finite magnitude in each sample, (B,); 0 where there is none."""
     parts = [torch.nan_to_num(leaf.abs(), nan=0.0, posinf=0.0) for leaf in leaves if leaf.numel()]
     if not parts:
@@ -268,7 +269,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def _signs(like: Tensor) -> Tensor:
+def signs(like: Tensor) -> Tensor:
     """A fixed pattern of +-1 without period, the same for each sample."""
     count = like[0].numel()
     index = torch.arange(count, dtype=torch.float64, device=like.device)

@@ -105,11 +105,23 @@ def _by_kkt(A: Tensor, B: Tensor, C: Tensor, H: Tensor) -> Walk:
 
 
 def _rank(matrix: Tensor) -> int:
-    return int(torch.linalg.matrix_rank(matrix.double(), rtol=_tolerance(matrix), hermitian=True))
+    return int(
+        torch.linalg.matrix_rank(matrix.double(), rtol=_tolerance(matrix), hermitian=_is_symmetric(matrix))
+    )
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    return torch.linalg.pinv(matrix.double(), rtol=_tolerance(matrix), hermitian=True).to(matrix.dtype)
+    symmetric = _is_symmetric(matrix)
+    return torch.linalg.pinv(matrix.double(), rtol=_tolerance(matrix), hermitian=symmetric).to(matrix.dtype)
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    """Up to rounding; the Jacobian of a system of equations, which stands in the place of H, need not be."""
+    return (
+        bool((matrix - matrix.mT).abs().max() <= _tolerance(matrix) * matrix.abs().max())
+        if matrix.numel()
+        else True
+    )
 
 
 def _tolerance(matrix: Tensor) -> float:

@@ -83,7 +83,7 @@ class Lagrangian:
 
     def gradient(self, u: Given, lam: Given, theta: Given) -> Leaves:
         """D_u L, with the shapes of u."""
-        return _gradient(lambda *v: self.total(v, lam, theta), u)
+        return gradient_of(lambda *v: self.total(v, lam, theta), u)
 
     def inside(self, u: Given, lam: Given, theta: Given) -> tuple[Leaves, Leaves]:
         """u moved off the edge of the domain, and the masks of the entries moved.
@@ -101,7 +101,7 @@ class Lagrangian:
 
     def objective_gradient(self, u: Given, theta: Given) -> Leaves:
         """D_u f, with the shapes of u."""
-        return _gradient(lambda *v: self.objective(v, theta).sum(), u)
+        return gradient_of(lambda *v: self.objective(v, theta).sum(), u)
 
     def constraint_pullback(self, u: Given, theta: Given, s: Given) -> Leaves:
         """A's, with the shapes of u."""
@@ -109,7 +109,7 @@ class Lagrangian:
         def weighted(*v: Tensor) -> Tensor:
             return sum_of_products(self.constraints(v, theta), s)
 
-        return _gradient(weighted, u)
+        return gradient_of(weighted, u)
 
     def pairing(self, u: Given, lam: Given, theta: Given, w: Given, s: Given) -> Tensor:
         """<F, z> = <D_u L, w> - <h, s>, summed over the batch."""
@@ -123,8 +123,8 @@ class Lagrangian:
     ) -> tuple[Tensor | None, ...]:
         """F_theta' z: the gradient in theta of <D_u L, w> - <h, s>; None where not needed."""
         active = [index for index, need in enumerate(needs) if need]
-        grads = _gradient(
-            lambda *values: self.pairing(u, lam, _replaced(theta, active, values), w, s),
+        grads = gradient_of(
+            lambda *values: self.pairing(u, lam, replaced(theta, active, values), w, s),
             [theta[i] for i in active],
         )
         found = dict(zip(active, grads, strict=True))
@@ -133,7 +133,7 @@ class Lagrangian:
     def kkt_product(self, u: Given, lam: Given, theta: Given, w: Given, s: Given) -> tuple[Leaves, Leaves]:
         """K z = (H w - A's, -A w - D s)."""
         split = len(u)
-        both = _gradient(lambda *v: self.pairing(v[:split], v[split:], theta, w, s), (*u, *lam))
+        both = gradient_of(lambda *v: self.pairing(v[:split], v[split:], theta, w, s), (*u, *lam))
         corner = self.corner(theta, u[0])
         if corner is None:
             return both[:split], both[split:]
@@ -162,13 +162,13 @@ class Lagrangian:
         split = len(u)
 
         def paired(*z: Tensor) -> Tensor:
-            pulled = _gradient(
-                lambda *values: self.pairing(u, lam, _replaced(theta, active, values), z[:split], z[split:]),
+            pulled = gradient_of(
+                lambda *values: self.pairing(u, lam, replaced(theta, active, values), z[:split], z[split:]),
                 [theta[i] for i in active],
             )
             return sum_of_products(pulled, [t for t in tangents if t is not None])
 
-        both = _gradient(paired, [torch.zeros_like(leaf) for leaf in (*u, *lam)])
+        both = gradient_of(paired, [torch.zeros_like(leaf) for leaf in (*u, *lam)])
         return both[:split], both[split:]
 
     def kkt_tangent(
@@ -181,13 +181,13 @@ class Lagrangian:
 
         def paired(*q: Tensor) -> Tensor:
             def form(*values: Tensor) -> Tensor:
-                moved = _replaced(point, active, values)
+                moved = replaced(point, active, values)
                 return self.kkt_form(moved[:split], moved[split:end], moved[end:], (q[:split], q[split:]), z)
 
-            pulled = _gradient(form, [point[i] for i in active])
+            pulled = gradient_of(form, [point[i] for i in active])
             return sum_of_products(pulled, [t for t in tangents if t is not None])
 
-        both = _gradient(paired, [torch.zeros_like(leaf) for leaf in (*z[0], *z[1])])
+        both = gradient_of(paired, [torch.zeros_like(leaf) for leaf in (*z[0], *z[1])])
         return both[:split], both[split:]
 
 
@@ -203,12 +203,12 @@ def pullback(function: Callable[..., Any], at: Given) -> tuple[Any, Callable[...
     return result[0], result[1]
 
 
-def _gradient(function: Callable[..., Tensor], at: Given) -> Leaves:
+def gradient_of(function: Callable[..., Tensor], at: Given) -> Leaves:
     """The gradient of a scalar function of all leaves `at` (a function that does not depend on one gives zeros)."""
     return torch.func.grad(function, argnums=tuple(range(len(at))))(*at) if at else ()
 
 
-def _replaced(theta: Given, at: Sequence[int], values: Given) -> list[Tensor]:
+def replaced(theta: Given, at: Sequence[int], values: Given) -> list[Tensor]:
     changed = list(theta)
     for index, value in zip(at, values, strict=True):
         changed[index] = value

@@ -65,7 +65,9 @@ def check(problem: Problem | DiscreteLayer | Solver, *inputs: Any, in_dims: Any 
     dense" (the layer's gradient against Eqn. 3), and "vjp against dense" if the problem declares one. At a kink
     (NOT_REGULAR) "one-sided derivatives" of <v, u> take the place of the last three: one direction d for each input,
     the derivative along it from below and from above, and their difference as the value. Signs of inequality
-    multipliers come with inequalities.
+    multipliers come with inequalities. For a system of equations "residual" takes the place of the rows before
+    "refined", and "regular Jacobian" (least over largest singular value of J with rows of length one) that of "LICQ"
+    and "second order".
 
     Args:
         problem: The declared problem, a `DiscreteLayer`, or a discrete solver (with Identity).
@@ -139,12 +141,18 @@ def _residuals(
     for b, multipliers in enumerate(flat_lam):
         slope, pulled, constraint = _terms(declared, b, multipliers)
         worst[0] = worse(worst[0], _ratio((slope - pulled).abs(), scales.gradient_scale[b]))
+        if problem.square:
+            residual = declared.equality(b, declared.point(b)).detach().abs()
+            worst[1] = worse(worst[1], _ratio(residual, scales.constraint_scale[b]))
         if multipliers is not None:
             worst[1] = worse(worst[1], _ratio(constraint.abs(), scales.constraint_scale[b]))
             if small:
                 projected = _range_part(declared, b, slope)
                 worst[2] = worse(worst[2], _ratio((pulled - projected).abs(), slope.abs().max()))
-    rows.upper("stationarity", worst[0], tolerance)
+    if problem.square:
+        rows.upper("residual", worst[1], tolerance)
+    else:
+        rows.upper("stationarity", worst[0], tolerance)
     if lam or active is not None:
         rows.upper("feasibility", worst[1], tolerance)
         if small:
@@ -246,7 +254,7 @@ def _regularity(rows: Rows, reference: Reference, planned: Planned) -> None:
         dependent = max(sample.null.shape[1] for sample in samples)
         ratio = min(sample.singular_ratio for sample in samples)
         proved = planned.plan.analysis.dependent
-        name = "LICQ"
+        name = "regular Jacobian" if planned.plan.trace.square else "LICQ"
         if not dependent:
             rows.lower(name, ratio, 1e-11)
         elif proved:
@@ -256,6 +264,8 @@ def _regularity(rows: Rows, reference: Reference, planned: Planned) -> None:
             rows.lower(
                 name, ratio, 1e-11, f"{_dependent_rows(dependent)}, not proved; gradients are of minimum norm"
             )
+    if planned.plan.trace.square:
+        return
     curvature = min(_curvature(sample.hessian, sample.jacobian) for sample in samples)
     rows.lower("second order", curvature, 1e-12)
 

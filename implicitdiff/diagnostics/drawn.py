@@ -21,7 +21,8 @@ def drawing_of(plan: Plan) -> Drawing:
     """The graph with what is proved of each node, and the patterns of the matrices (none where none are proved)."""
     if isinstance(plan, StructuredPlan):
         with LOCK:  # writing an expression takes new labels from the plan's builder
-            return drawing(plan.declared, plan.recipes.form, plan.recipes.kkt.route.schur)
+            square = bool(plan.trace.square)
+            return drawing(plan.declared, plan.recipes.form, plan.recipes.route.schur, square=square)
     uncovered = [(step.operation, step.line) for step in plan.analysis.fallbacks]
     return Drawing(traced_nodes(plan.trace, uncovered), ())
 
@@ -29,7 +30,7 @@ def drawing_of(plan: Plan) -> Drawing:
 def sources_of(problem: Problem) -> tuple[tuple[str, str], ...]:
     """(name, source) of each declared function; what was typed into a console without a file is left out."""
     found = []
-    for name in _HOOKS:
+    for name in (problem.MAIN,) if problem.square else _HOOKS:
         if problem.declares(name):
             try:
                 found.append((name, textwrap.dedent(inspect.getsource(getattr(problem, name)))))

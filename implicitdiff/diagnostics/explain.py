@@ -74,6 +74,8 @@ class Explanation:
         code: The emitted backward pass as Python text; "" where none is emitted.
         sources: (name, text) of the declared functions, as far as their source can be read.
         drawing: The graph of the declared functions, and where H, A and S have entries.
+        square: For a system of equations "residual" or "step", the hook that states it; `hessian` is then J = D_u r,
+            the Jacobian of the residual. "" otherwise.
     """
 
     problem: str
@@ -100,6 +102,7 @@ class Explanation:
     code: str
     sources: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     drawing: Drawing = field(default=Drawing((), ()), repr=False)
+    square: str = ""
 
     def __str__(self) -> str:
         return self.text()
@@ -111,8 +114,11 @@ class Explanation:
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("sizes", self.sizes), ("", "")]
-        lines += [("H = D_uu L", _matrix(self.hessian))]
-        lines += [("A = D_u h", _matrix(self.constraint_jacobian) if self._constrained else "no constraints")]
+        lines += [("J = D_u r" if self.square else "H = D_uu L", _matrix(self.hessian))]
+        if not self.square:
+            lines += [
+                ("A = D_u h", _matrix(self.constraint_jacobian) if self._constrained else "no constraints")
+            ]
         if self.schur is not None:
             lines.append(("S = A H^-1 A'", _matrix(self.schur)))
         lines += [("dependence", text) for text in self.dependent]
@@ -138,7 +144,8 @@ class Explanation:
         of = [_size(item) for item in self.variables]
         given = [_size(item) + ("" if item.batched else " shared") for item in self.inputs]
         held = [_size(item) for item in self.tensors]
-        counts = f"m = {m} variable{'s' if m != 1 else ''}, p = {p} constraint{'s' if p != 1 else ''}"
+        p_of = f", p = {p} constraint{'s' if p != 1 else ''}"
+        counts = f"m = {m} variable{'s' if m != 1 else ''}{' and equation' + 's' * (m != 1) if self.square else p_of}"
         parts = [f"{counts}: {', '.join(of)}", f"inputs {', '.join(given)}"]
         parts += [f"the problem's {', '.join(held)}"] if held else []
         return f"batch {self.batch}, {self.dtype}; " + "; ".join(parts)
@@ -174,7 +181,11 @@ class Explanation:
         require_matplotlib("Explanation.plot")
         from implicitdiff.diagnostics.plots import plot_structure
 
-        named = [("H", self.hessian), ("A", self.constraint_jacobian), ("S", self.schur)]
+        named = [
+            ("J" if self.square else "H", self.hessian),
+            ("A", self.constraint_jacobian),
+            ("S", self.schur),
+        ]
         return plot_structure(
             self.problem, [(name, found) for name, found in named if found is not None and min(found.shape)]
         )
@@ -243,6 +254,7 @@ def _explanation(problem: Problem, planned: Planned, cost: BackwardCost) -> Expl
         code=analysis.code,
         sources=sources_of(problem),
         drawing=drawing_of(planned.plan),
+        square=trace.square,
     )
 
 

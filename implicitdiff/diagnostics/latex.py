@@ -37,6 +37,8 @@ def derivation_in_latex(found: "Explanation") -> str:
     It is the general derivation (Gould et al., Eqn. 3, in KKT form) with the form of H, A and S filled in;
     the entries themselves are in `Explanation.code`.
     """
+    if found.square:
+        return _equations(found)
     p = found.constraint_jacobian.shape[0]
     lines = [rf"\text{{{escape(found.problem)}:}}\quad u(x) &\in \arg\min_u f(u, x)"]
     lines[0] += r"\ \text{ s.t. }\ h(u, x) = 0" if p else ""
@@ -61,6 +63,20 @@ def derivation_in_latex(found: "Explanation") -> str:
         r"\nabla_x &= \mathrm{D}_x \bigl( \mathrm{D}_u L \cdot w - h^\top s \bigr) = B^\top w - C^\top s"
     )
     return _align(lines)
+
+
+def _equations(found: "Explanation") -> str:
+    """The same for a system of equations."""
+    residual = r"u - \operatorname{step}(u, x)" if found.square == "step" else "r(u, x)"
+    return _align(
+        [
+            rf"\text{{{escape(found.problem)}:}}\quad {residual} &= 0"
+            + (r" \quad (= r(u, x))" if found.square == "step" else ""),
+            rf"J &= \mathrm{{D}}_u r {_matrix('J', found.hessian)}",
+            r"J^\top s &= v",
+            r"\nabla_x &= -(\mathrm{D}_x r)^\top s",
+        ]
+    )
 
 
 def _matrix(name: str, found: MatrixReport) -> str:

@@ -17,6 +17,7 @@ from implicitdiff.graph.checks import Result, check_captured, check_dependence
 from implicitdiff.graph.clean import Captured, finish, lift_attributes, outputs
 from implicitdiff.graph.example import Example, solution_example, variable_example
 from implicitdiff.graph.record import LOCK, record
+from implicitdiff.graph.square import check_fits, check_used, subtract_from_variables
 from implicitdiff.inputs import Bound
 from implicitdiff.problem import Problem
 from implicitdiff.pytrees import Spec
@@ -62,7 +63,8 @@ class TracedFunction:
     """One declared function as a graph.
 
     Attributes:
-        name: The hook: 'objective', 'equality', 'inequality' or 'bounds'.
+        name: The hook: 'objective', 'equality', 'inequality' or 'bounds'; 'residual' or 'step' for a system of
+            equations.
         module: Called with all leaves of one sample, in the order of ``Trace.placeholders``; returns a 0-dim
             tensor for the objective, a tuple of tensors for the constraints and the bounds.
         output_shapes: The shapes of one sample's outputs.
@@ -100,6 +102,8 @@ class Trace:
         corner: Of a trace from ``active.py``: for each output of ``equality`` the placeholder of D in
             K = [[H, -A'], [-A, -diag(D)]], or None where D = 0.
         declared: Of a trace from ``active.py``: the trace that it was made from.
+        square: For a system of equations the hook that its residual comes from, 'residual' or 'step'; the residual is
+            ``equality`` then, and the objective 0. Empty for an optimisation problem.
     """
 
     placeholders: tuple[Placeholder, ...]
@@ -116,6 +120,9 @@ class Trace:
     bounded: tuple[tuple[bool, bool], ...] = ()
     corner: tuple[int | None, ...] = ()
     declared: "Trace | None" = None
+    square: str = ""
+    hessian: object = None
+    """The hook `hessian` as `structured.hook` records it; None where none is declared."""
 
     @property
     def variables(self) -> tuple[Placeholder, ...]:
@@ -185,31 +192,42 @@ def trace_problem(problem: Problem, variables: tuple[Sequence[torch.Tensor], Spe
         arguments = arguments_of(problem, example.leaves, example.spec, bound)
         tensors = enumerate(bound.tensors, start=arguments.variables + len(bound.leaves))
         captured = Captured(list(tensors))
-        declared = [
-            hook for hook in ("objective", "equality", "inequality", "bounds") if problem.declares(hook)
-        ]
+        square = problem.MAIN if problem.square else ""
+        second = square or "equality"
+        declared = [hook for hook in ("objective", second, "inequality", "bounds") if problem.declares(hook)]
         results = {hook: Result(problem, hook, arguments) for hook in declared}
         raw = {hook: record(problem, hook, arguments, results[hook].check) for hook in declared}
         for hook, module in raw.items():
             lift_attributes(results[hook].name, module, captured)
+        if square:
+            spec = results[square].spec
+            assert spec is not None
+            shapes = [tuple(node.meta["val"].shape) for node in outputs(raw[square])]
+            check_fits(problem, arguments, spec, shapes)
+        if square == "step":
+            subtract_from_variables(raw[square])
         functions = {
             hook: _function(hook, finish(module, len(arguments.facts), captured))
             for hook, module in raw.items()
         }
         objective = functions["objective"]
         equality, inequality, bounds = (
-            _unless_empty(functions.get(hook)) for hook in ("equality", "inequality", "bounds")
+            _unless_empty(functions.get(hook)) for hook in (second, "inequality", "bounds")
         )
-        check_dependence(problem, arguments, objective, equality, inequality)
+        if square:
+            check_used(problem, arguments, functions[square].module)
+        else:
+            check_dependence(problem, arguments, objective, equality, inequality)
         return Trace(
             placeholders=_placeholders(arguments, captured.tensors),
             objective=objective,
             equality=equality,
             variable_spec=example.spec,
             input_spec=bound.spec,
-            equality_spec=None if equality is None else results["equality"].spec,
+            equality_spec=None if equality is None or square else results["equality"].spec,
             constants=bound.constants,
             captured=tuple(captured.tensors),
+            square=square,
             inequality=inequality,
             inequality_spec=None if inequality is None else results["inequality"].spec,
             bounds=bounds,

@@ -28,7 +28,7 @@ def grid_operator(build: Builder, form: Form, *, null_vectors: bool = False) -> 
     cells: list[list[str]] = [["None"] * count for _ in range(count)]
     for i in range(count):
         for j in range(i, count):
-            text = _cell(build, form.grid[i][j], i, j, space, args)
+            text = grid_cell(build, form.grid[i][j], i, j, space, args)
             if text is not None:
                 cells[i][j] = text
                 if i != j:
@@ -39,7 +39,7 @@ def grid_operator(build: Builder, form: Form, *, null_vectors: bool = False) -> 
     return call(build, f"operators.Block(({grid},), {sizes}{null})", args, (), BATCHED)
 
 
-def _cell(build: Builder, entry: Entry, i: int, j: int, space: Space, args: Arguments) -> str | None:
+def grid_cell(build: Builder, entry: Entry, i: int, j: int, space: Space, args: Arguments) -> str | None:
     """Template of one block; its arguments are appended to `args`."""
     if entry.empty and i != j:
         return None

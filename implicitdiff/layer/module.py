@@ -62,7 +62,7 @@ class DeclarativeLayer(torch.nn.Module):
             linear_solver: the solver of the backward pass by name; "auto" chooses by structure and cost.
             backward: "auto" (structured), "dense" (the formula literally), "matrix-free" (products only), "unrolled"
                 (differentiate the solver itself), "hand" (the problem's `vjp`), "approximate" (constraints
-                ignored; the multipliers then have no gradient).
+                ignored; the multipliers then have no gradient; for a `FixedPoint` one step, D_u step ignored).
             on_failure: what becomes of a sample without a solution or without a derivative: "raise"; "warn" (keep it);
                 "nan" or "zero" (so in u and in its gradients; a shared tensor's gradient is NaN, or the sum over the
                 other samples); "damp" (regularise, with a warning).

@@ -53,6 +53,16 @@ class Options:
                 f"optimizer={self.optimizer!r} is no optimizer: give one of implicitdiff.optimizers, as "
                 "Newton(), or None"
             )
+        if self.backward == "approximate" and problem.MAIN == "residual":
+            raise OptionError(
+                f"backward='approximate' ignores constraints, or takes D_u step for 0; {type(problem).__name__} is a "
+                "Root, which has neither: use backward='auto'"
+            )
+        if problem.square and self.kkt != PLAIN:
+            raise OptionError(
+                f"kkt={self.kkt!r} is about the KKT matrix of a minimum, and {type(problem).__name__} is a system of "
+                "equations: leave it out, or use on_failure='damp'"
+            )
         if self.backward == "hand" and not problem.declares("vjp"):
             raise ProblemDefinitionError(
                 f"backward='hand' needs {type(problem).__name__} to declare vjp(self, u, v, *inputs); "

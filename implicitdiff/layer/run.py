@@ -29,7 +29,7 @@ def run(prepared: Prepared, *, with_value: bool) -> Solution:
             prepared = outputs.call or prepared
         else:
             outputs = prepared.apply()
-        value = _value(prepared, outputs) if with_value else None
+        value = _value(prepared, outputs) if with_value and not prepared.problem.square else None
         solution = prepared.solution(outputs, value)
         if with_value and prepared.plan.trace.limited:
             return with_bound_multipliers(prepared, outputs, solution)

@@ -4,12 +4,14 @@ In: tensors with the batch axis first. Out: the kinds of the contract, each a fr
 transpose and to_dense. The package ``solvers`` inverts them. Start reading at ``base.py``.
 """
 
+from implicitdiff.operators.autodiff import Autodiff
 from implicitdiff.operators.banded import Banded
 from implicitdiff.operators.base import LinearOperator
 from implicitdiff.operators.block import Block
 from implicitdiff.operators.block_diagonal import BlockDiagonal
 from implicitdiff.operators.dense import Dense
 from implicitdiff.operators.diagonal import Diagonal
+from implicitdiff.operators.general import general
 from implicitdiff.operators.grouped_low_rank import GroupedLowRank
 from implicitdiff.operators.kronecker import Kronecker
 from implicitdiff.operators.low_rank import LowRankPlusDiagonal
@@ -18,9 +20,11 @@ from implicitdiff.operators.matrix_free import MatrixFree
 from implicitdiff.operators.samples import select_samples
 from implicitdiff.operators.scaled_identity import ScaledIdentity
 from implicitdiff.operators.sparse import Sparse
+from implicitdiff.operators.sum import Sum, simplified
 from implicitdiff.operators.zero import Zero
 
 __all__ = [
+    "Autodiff",
     "Banded",
     "Block",
     "BlockDiagonal",
@@ -34,6 +38,9 @@ __all__ = [
     "MatrixFree",
     "ScaledIdentity",
     "Sparse",
+    "Sum",
     "Zero",
+    "general",
     "select_samples",
+    "simplified",
 ]

@@ -4,6 +4,7 @@ A plan with its inputs and a start come in, one point per sample goes out. Next:
 none is asked for, newton.py and lbfgs.py, and forward.py, which runs an optimizer or the problem's own `solve`.
 """
 
+from implicitdiff.optimizers.anderson import Anderson
 from implicitdiff.optimizers.augmented import AugmentedLagrangian
 from implicitdiff.optimizers.combined import Chain, MultiStart
 from implicitdiff.optimizers.default import default_optimizer
@@ -18,6 +19,7 @@ from implicitdiff.optimizers.projected import ProjectedGradient
 
 __all__ = [
     "LBFGS",
+    "Anderson",
     "AugmentedLagrangian",
     "Chain",
     "GaussNewton",

@@ -6,6 +6,7 @@ which prints the reason.
 
 import math
 
+from implicitdiff.optimizers.anderson import Anderson
 from implicitdiff.optimizers.combined import Chain
 from implicitdiff.optimizers.interior import InteriorPoint
 from implicitdiff.optimizers.iterate import Optimizer
@@ -40,6 +41,12 @@ def default_optimizer(problem: Problem, plan: Plan) -> tuple[Optimizer | None, s
         return None, f"{type(problem).__name__} declares its own"
     if plan.trace.limited:
         return InteriorPoint(), limited_reason(plan)
+    if plan.trace.square == "step":
+        return Chain(
+            (Anderson(), Newton())
+        ), "steps are cheap; Newton's method where they do not contract, and at the end"
+    if plan.trace.square:
+        return Newton(), f"few steps, each by the solver of the backward pass ({plan.analysis.solver})"
     if isinstance(plan, StructuredPlan) and proved(plan) is not None:
         return (
             Newton(),

@@ -18,6 +18,7 @@ from implicitdiff.failures import OnFailure, enforce, failed, validate_policy
 from implicitdiff.inputs import Bound
 from implicitdiff.optimality import Check, check, measure, tolerance
 from implicitdiff.optimizers.default import default_optimizer, optimizer_name
+from implicitdiff.optimizers.equations import require_equations
 from implicitdiff.optimizers.hooks import batch_of, initial_leaves, run_solve, takes_start
 from implicitdiff.optimizers.iterate import Optimizer, System, pack
 from implicitdiff.optimizers.quadratic import Solved, solve_quadratic
@@ -114,6 +115,8 @@ def solve_forward(
             raise OptionError(
                 f"optimizer={chosen!r} is none: choose one of implicitdiff.optimizers, for instance Newton()"
             )
+        if problem.square:
+            require_equations(chosen)
         if start is None:
             if not problem.declares("init"):
                 raise ProblemDefinitionError(
@@ -248,7 +251,8 @@ def _run_optimizer(
     found = replace(found, status=status.masked_fill(outside, int(Status.NONFINITE)))
     hint = ""
     if bool(outside.any()):
-        hint = "the objective, a constraint or a derivative is not finite at the start"
+        what = "residual" if found.square else "objective, a constraint or a derivative"
+        hint = f"the {what} is not finite at the start"
     elif getattr(optimizer, "time_limit", None) is not None:
         hint = "raise time_limit="
     status = enforce(found, policy, optimizer_name(optimizer), hint)

@@ -6,10 +6,12 @@ for the rare cases.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from implicitdiff.optimizers.equations import newton_on_equations
 from implicitdiff.optimizers.iterate import Outcome, Point, System, dot, largest
 from implicitdiff.optimizers.limits import Callback, Watch, check_limits, check_positive, check_whole
 from implicitdiff.optimizers.merit import curvature_of, differs, merit_of, slope_along
@@ -69,6 +71,8 @@ class Newton:
     At a point where H has negative curvature on the tangent space (a saddle or a maximum) the walk goes on
     along that curvature; from an infeasible point where it cannot go on it first minimises |h|.
 
+    For a system of equations (`Root`, `FixedPoint`) it is Newton's method on the residual: see equations.py.
+
     Attributes:
         max_iter: Most steps of one sample.
         tol: Relative tolerance of the residual; None: that of the layer, sqrt(eps) of the dtype by default.
@@ -95,6 +99,7 @@ class Newton:
     restarts: int = 3
     time_limit: float | None = None
     callback: Callback | None = None
+    solves_equations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option, least in (("max_iter", 1), ("extra", 0), ("max_halvings", 0), ("restarts", 0)):
@@ -115,6 +120,8 @@ class Newton:
         """
         tol = tol if self.tol is None else self.tol
         watch = Watch(self.time_limit, self.callback)
+        if system.plan.trace.square:
+            return newton_on_equations(self, system, start, tol, watch)
         point = system.evaluate(start, system.estimate_multipliers(start))
         iterations = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
         active = point.finite

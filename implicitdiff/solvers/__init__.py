@@ -10,6 +10,7 @@ from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.divide import Divide
+from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.kronecker import KroneckerSolver
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
@@ -22,6 +23,7 @@ from implicitdiff.solvers.tridiagonal import Tridiagonal
 from implicitdiff.solvers.woodbury import Woodbury
 
 __all__ = [
+    "GMRES",
     "LDL",
     "LU",
     "PLANNED",

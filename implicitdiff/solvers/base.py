@@ -6,6 +6,7 @@ shortest example.
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -118,11 +119,14 @@ class ColumnFactorization(Factorization):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Return the solutions (..., B, m): see ``Factorization.solve``."""
+        return self._by_columns(rhs, self.solve_columns)
+
+    def _by_columns(self, rhs: Tensor, solving: Callable[[Tensor], Tensor]) -> Tensor:
         own = self.status.shape[0]
         batch = rhs.shape[-2] if own == 1 else own
         if rhs.shape[-2] != batch:
             rhs = rhs.expand(*rhs.shape[:-2], batch, rhs.shape[-1])
-        solution = from_columns(self.solve_columns(to_columns(rhs, own)), rhs.shape)
+        solution = from_columns(solving(to_columns(rhs, own)), rhs.shape)
         return solution if self.lost is None else blank(solution, rhs, self.lost)
 
 

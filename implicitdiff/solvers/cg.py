@@ -4,6 +4,7 @@ In: any symmetric operator, expected to be positive (semi)definite. Out: ``Conju
 sample whether it converged; the caller falls back on a direct solver. Next file: ``select.py``.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import ClassVar
@@ -20,6 +21,7 @@ from implicitdiff.operators import (
     LinearOperator,
     LowRankPlusDiagonal,
     ScaledIdentity,
+    Sum,
     Zero,
 )
 from implicitdiff.operators.products import batched_matvec
@@ -75,6 +77,13 @@ def _of_grid(operator: Block) -> Tensor | None:
             return None
         parts.append(part.expand(operator.batch, corner.size))
     return torch.cat(parts, dim=-1)
+
+
+@matrix_diagonal.register
+def _of_sum(operator: Sum) -> Tensor | None:
+    # A preconditioner need not be exact: terms known by their products alone are left out.
+    known = [part for term in operator.terms if (part := matrix_diagonal(term)) is not None]
+    return functools.reduce(torch.add, known) if known else None
 
 
 class ConjugateGradientsFactorization(Factorization):

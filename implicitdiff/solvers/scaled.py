@@ -86,6 +86,16 @@ class ScaledFactorization(ColumnFactorization):
             solution[self._rescued] = self._rescue.solve_columns(columns[self._rescued])
         return solution
 
+    def solve_columns_transposed(self, columns: Tensor) -> Tensor:
+        """Return the solutions (B, m, C) for the transposed matrices, by the same factors."""
+        if self._rescued is not None:  # only symmetric matrices are rescued
+            return self.solve_columns(columns)
+        return self._solve_scaled_transposed(columns * self._columns[:, :, None]) * self._rows[:, :, None]
+
+    def solve_transposed(self, rhs: Tensor) -> Tensor:
+        """Return the solutions (..., B, m) for the transposed matrices: see ``Factorization.solve``."""
+        return self._by_columns(rhs, self.solve_columns_transposed)
+
     def _scaling(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         """Return the row and column scalings (B, m)."""
         return row_column_scaling(magnitude)

@@ -22,6 +22,7 @@ from implicitdiff.operators import (
     MatrixFree,
     ScaledIdentity,
     Sparse,
+    Sum,
     Zero,
 )
 from implicitdiff.solvers.banded_cholesky import BandedCholesky
@@ -30,6 +31,7 @@ from implicitdiff.solvers.block_cholesky import BlockCholesky
 from implicitdiff.solvers.cg import ConjugateGradients
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.divide import Divide
+from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.kronecker import KroneckerSolver
 from implicitdiff.solvers.ldl import LDL
 from implicitdiff.solvers.lu import LU
@@ -55,14 +57,12 @@ SOLVERS: dict[str, LinearSolver] = {
         Schur(),
         SchurConjugateGradients(),
         ConjugateGradients(),
+        GMRES(),
     )
 }
 """The solvers by the name that ``linear_solver=`` takes."""
 
-PLANNED: tuple[str, ...] = (
-    "minres",
-    "gmres",
-)
+PLANNED: tuple[str, ...] = ("minres",)
 """Names of the contract that are not built yet."""
 
 
@@ -136,8 +136,15 @@ def _for_grid(operator: Block) -> tuple[str, ...]:
 
 
 @candidates.register
+def _for_declared_sums(operator: Sum) -> tuple[str, ...]:
+    if not any(isinstance(term, MatrixFree) for term in operator.terms):
+        return ("cholesky", "lu")
+    return ("cg",) if operator.symmetric else ("gmres",)
+
+
+@candidates.register
 def _for_products(operator: MatrixFree) -> tuple[str, ...]:
-    return ("cg",)
+    return ("cg",) if operator.symmetric else ("gmres",)
 
 
 def choose(

@@ -214,6 +214,21 @@ def derivation(declared: Declared, hessian: Form, schur: Form | None, common: st
     return tuple([_cut(line) for line in lines] + notebook.definitions())
 
 
+def jacobian_derivation(declared: Declared, form: Form) -> tuple[str, ...]:
+    """The lines for a system of equations: J by blocks, then the sums it names."""
+    notebook, space, lines = Notebook(declared.build), form.space, []
+    for k, row in enumerate(form.grid):
+        for j, entry in enumerate(row):
+            if entry.empty and j != k:
+                continue
+            where = "" if len(space.names) == 1 else f"[{space.names[k]}, {space.names[j]}]"
+            text = notebook.entry(entry, space.rows[k], space.columns[j])
+            lines.append(
+                f"J{where}{notebook.indices(space.rows[k])}{_comma(notebook, space.columns[j])} = {text}"
+            )
+    return tuple([_cut(line) for line in lines] + notebook.definitions())
+
+
 def _comma(notebook: Notebook, labels: Sequence[Label]) -> str:
     return f",{''.join(notebook.letter(k) for k in labels)}" if labels else ""
 

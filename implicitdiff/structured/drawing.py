@@ -28,20 +28,21 @@ LONGEST_TITLE = 24
 """A longer expression is named by its operation alone; the formula says the rest."""
 
 
-def drawing(declared: Declared, hessian: Form, schur: Form | None) -> Drawing:
-    """The graph of f and of each constraint, and the patterns of H, A and S."""
-    patterns = [pattern_of_form("H", declared.build, hessian)]
-    if declared.constraints:
+def drawing(declared: Declared, hessian: Form, schur: Form | None, *, square: bool = False) -> Drawing:
+    """The graph of f and of each constraint, and the patterns of H, A and S; of a residual, and of J, if `square`."""
+    patterns = [pattern_of_form("J" if square else "H", declared.build, hessian)]
+    if declared.constraints and not square:
         patterns.append(pattern_of_jacobian(declared))
     if schur is not None:
         patterns.append(pattern_of_form("S", declared.build, schur))
-    return Drawing(_Graph(declared).nodes(), tuple(patterns))
+    return Drawing(_Graph(declared, square).nodes(), tuple(patterns))
 
 
 class _Graph:
     """Walks from the results down; an expression keeps the letters of its first use."""
 
-    def __init__(self, declared: Declared) -> None:
+    def __init__(self, declared: Declared, square: bool) -> None:
+        self.square = square
         self.declared, self.build = declared, declared.build
         self.roles = {leaf.node.id: leaf.placeholder.role for leaf in (*declared.variables, *declared.theta)}
         self.uses: dict[int, Ref] = {}
@@ -50,8 +51,11 @@ class _Graph:
 
     def nodes(self) -> tuple[DrawnNode, ...]:
         """Arguments before what is computed from them, results last."""
-        results = [("f", self.declared.program.objective)]
-        results += [(c.name, c.value) for c in self.declared.constraints]
+        results = [] if self.square else [("f", self.declared.program.objective)]
+        results += [
+            (c.name.replace("equality", "residual") if self.square else c.name, c.value)
+            for c in self.declared.constraints
+        ]
         for _, ref in results:
             self._visit(ref)
         drawn = [self._drawn(self.uses[key]) for key in sorted(self.uses)]

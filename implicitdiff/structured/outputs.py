@@ -5,7 +5,7 @@ In: `Declared`, the form of H, the KKT solve in symbols. Out: a `Recipe` for eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,7 @@ from implicitdiff.graph.calls import Output, call
 from implicitdiff.graph.ir import BATCHED, STACKED, Label, Ref, reachable
 from implicitdiff.graph.purpose import Step
 from implicitdiff.kkt import lowering
+from implicitdiff.kkt.route import Route
 from implicitdiff.kkt.symbolic import SymbolicKKT, jacobian_matrix
 from implicitdiff.memory import over_limit
 from implicitdiff.structure import banded, sparse
@@ -25,8 +26,9 @@ from implicitdiff.structure.scale import cancelling
 from implicitdiff.structured.arguments import Arguments
 from implicitdiff.structured.writer import Recipe
 
-Way = Literal["route", "refined", "anchored", "full"]
-"""How K is solved: by the route, by the route with refinements, with H + rho A'A in place of H, or as one matrix."""
+Way = Literal["route", "refined", "anchored", "full", "transposed"]
+"""How K is solved: by the route, by the route with refinements, with H + rho A'A in place of H, or as one matrix; for a
+system of equations with J, or with J'."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Recipes:
         self.linear_solver, self.dtype = linear_solver, dtype
         self.arguments = Arguments(declared)
         self.kkt = SymbolicKKT(declared, form, linear_solver, dtype)
+
+    @property
+    def route(self) -> Route:
+        """How K is solved."""
+        return self.kkt.route
 
     # ---------------------------------------------------------------- the point
 
@@ -134,7 +141,7 @@ class Recipes:
         Differences do not see a constant: their H is singular, and K regular as soon as one entry is held. In exact
         arithmetic the solution of the KKT system is the same for every rho; it is chosen to add about as much as H has.
         """
-        if self.form.kind != "banded" or self.kkt.route.name != "numeric":
+        if self.form.kind != "banded" or self.route.name != "numeric":
             return None
         build, declared = self.build, self.declared
         like = build.self_ref(declared.variables[0].node)
@@ -263,23 +270,31 @@ class Recipes:
         held_s = [build.hold(ref) for ref in s]
         gradients = declared.input_gradients(held_w, held_s)
         zeros = [] if with_lam else self._feasible_sums(held_w)
+        outputs = self._gradient_outputs(gradients, wanted, -sign, zeros)
+        flags = self._cancelled(kkt)
+        first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
+        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
+        steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
+        return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
+
+    def _gradient_outputs(
+        self, gradients: Mapping[int, Ref], wanted: Sequence[bool], sign: float, zeros: Sequence[Ref]
+    ) -> list[Output]:
+        """The gradients that are wanted and not 0, times the sign; the large ones last."""
+        declared, build = self.declared, self.build
         outputs = []
         for need, leaf in zip(wanted, declared.theta, strict=True):
             ref = gradients.get(leaf.node.id)
             if not need or ref is None:
                 continue
-            (ref,) = build.replaced([self._signed(ref, -sign)], zeros)
+            (ref,) = build.replaced([self._signed(ref, sign)], zeros)
             if build.is_zero(ref):
                 continue
             if not leaf.placeholder.batched:
                 ref = build.con(ref, (), over_batch=True)
             outputs.append(Output(leaf.name, ref, leaf.node.axes, prefix=int(leaf.placeholder.batched)))
         outputs.sort(key=lambda o: len(o.order))
-        flags = self._cancelled(kkt)
-        first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
-        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
-        steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
-        return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
+        return outputs
 
     def _without_number(self, ref: Ref) -> tuple[float, Ref]:
         """(number, ref / number): the coefficient of a product and its factors."""

@@ -8,7 +8,7 @@ the structure wrong, the dense plan answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from implicitdiff.graph.translate import translate
 from implicitdiff.operators import LinearOperator
 from implicitdiff.status import Status, all_ok, is_all_ok
 from implicitdiff.structure.analyze import classify
+from implicitdiff.structure.forms import Form
 from implicitdiff.structure.probe import agree
 from implicitdiff.structure.report import Analysis
 from implicitdiff.structured import edges, merge
@@ -49,6 +50,8 @@ class StructuredPlan:
         needs_multipliers: whether lam reaches H or an input gradient.
         dense: the plan that answers where this one must not.
     """
+
+    document: ClassVar[str] = "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)"
 
     def __init__(
         self,
@@ -77,10 +80,9 @@ class StructuredPlan:
         outputs = () if trace.equality is None else trace.equality.output_shapes
         self.declared = Declared(program, [tuple(shape) for shape in outputs], trace.corner)
         declared = self.declared
-        form = classify(program.build, declared.space, declared.hessian_terms, declared.written_hessian_terms)
-        self.recipes = Recipes(self.declared, form, linear_solver, dtype)
+        form, self.recipes = self._derived(linear_solver, dtype)
         self.arguments = self.recipes.arguments
-        route = self.recipes.kkt.route
+        route = self.recipes.route
         null = () if route.dependent is None else tuple(route.dependent.vectors.to(dtype).unbind(1))
         self.writer = Writer(self.arguments, program.constants, null, compiled=compiled)
         self.probe = Probe(self.recipes, self.writer, dense)
@@ -92,14 +94,20 @@ class StructuredPlan:
         asked = [*shown, *floating[len(shown) :]]
         wanted = tuple(a and b for a, b in zip(floating, asked, strict=True))
         code = self._vjp(self.recipes.first, wanted, False) if shown and any(wanted) else every
-        source = module(code.emitted.source, self.writer.namespace)
-        anchored = self.recipes.first == "anchored"
-        self.analysis: Analysis = report(declared, form, route, source, anchored=anchored)
+        self.analysis = self._reported(form, module(code.emitted.source, self.writer.namespace))
         self._batched = tuple(leaf.placeholder.batched for leaf in declared.theta)
         self._contradiction: bool | None = None
         self._runs: dict[tuple[Way, tuple[bool, ...], bool, bool], Run] = {}
 
-    # ---------------------------------------------------------------- the point
+    def _derived(self, linear_solver: str, dtype: torch.dtype) -> tuple[Form, Recipes]:
+        d = self.declared
+        form = classify(d.build, d.space, d.hessian_terms, d.written_hessian_terms)
+        return form, Recipes(d, form, linear_solver, dtype)
+
+    def _reported(self, form: Form, code: str) -> Analysis:
+        return report(
+            self.declared, form, self.recipes.route, code, anchored=self.recipes.first == "anchored"
+        )
 
     def value(self, u: Leaves, theta: Leaves) -> Tensor:
         """The objective of each sample, (B,)."""
@@ -199,21 +207,17 @@ class StructuredPlan:
         return answer[:count], answer[count:], status
 
     def _kkt(self, shifted: bool, way: Way, given: bool) -> Written:
+        key, document = ("kkt", shifted, way, given), "K (w, s) = (rhs_u, rhs_h)"
         return self.writer.function(
-            ("kkt", shifted, way, given),
-            "kkt_solve",
-            "K (w, s) = (rhs_u, rhs_h)",
-            lambda: self.recipes.kkt_solve(way, shifted=shifted, given=given),
+            key, "kkt_solve", document, lambda: self.recipes.kkt_solve(way, shifted=shifted, given=given)
         )
 
     def _factors(self, way: Way, point: Mapping[str, Tensor]) -> Given:
         """The factorisations of a way, by name."""
         shifted = "shift" in point
+        key = ("factor", shifted, way)
         function = self.writer.function(
-            ("factor", shifted, way),
-            "kkt_factor",
-            "K factored",
-            lambda: self.recipes.kkt_factor(way, shifted=shifted),
+            key, "kkt_factor", "K factored", lambda: self.recipes.kkt_factor(way, shifted=shifted)
         )
         names = function.emitted.results
         return dict(zip(names, function(point), strict=True)) if names else {}
@@ -251,13 +255,11 @@ class StructuredPlan:
             cancelled = merge.flagged(tried.out[-2], len(status), status)
             if cancelled is not None:
                 return "refined", cancelled, status
-        if is_all_ok(status):
-            return None
-        whole = way == "full" or self.recipes.kkt.route.whole or not self.declared.constraints
-        if whole or not bool(status.any()):
+        whole = way == "full" or self.recipes.route.whole or not self.declared.constraints
+        if is_all_ok(status) or whole or not bool(status.any()):
             return None
         # on an active set what S was divided by may be 0, and then there is no answer to absolve
-        if self.recipes.kkt.route.name == "range-space" and way != "full" and not self.trace.masks:
+        if self.recipes.route.name == "range-space" and way != "full" and not self.trace.masks:
             status = merge.absolved(
                 status, tried.status, lambda: self._hessian(values()), self.recipes.linear
             )
@@ -354,10 +356,11 @@ class StructuredPlan:
         return function, places
 
     def _vjp(self, way: Way, wanted: tuple[bool, ...], with_lam: bool, given: bool = False) -> Written:
+        key = ("vjp", way, wanted, with_lam, given)
         return self.writer.function(
-            ("vjp", way, wanted, with_lam, given),
+            key,
             "backward",
-            "D_theta (D_u L w - h's) with K (w, s) = -(v, 0)",
+            self.document,
             lambda: self.recipes.vjp(way, wanted, with_lam=with_lam, given=given),
         )
 

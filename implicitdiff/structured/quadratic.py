@@ -161,6 +161,8 @@ def proved(plan: StructuredPlan) -> Formula | None:
 
 def _formula(plan: StructuredPlan) -> Formula | None:
     recipes = plan.recipes
+    if plan.trace.square:
+        return None
     route = recipes.kkt.route
     if recipes.first != "route" or route.name == "full" or not _is_quadratic(recipes):
         return None
