@@ -172,7 +172,7 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, [*w, *s], STACKED)]
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, s or w, STACKED)]
         return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
@@ -277,7 +277,7 @@ class Recipes:
         outputs.sort(key=lambda o: len(o.order))
         flags = self._cancelled(kkt)
         first = [*held_s, *bare_w, *status, *(flag.ref for flag in flags)]
-        verdict = self.verdict(status, [*bare_w, *held_s], BATCHED)
+        verdict = self.verdict(status, held_s or bare_w, BATCHED)
         steps = self._steps(outputs, bare_w, held_s, [number for number, _ in apart])
         return Recipe([*outputs, *flags, verdict], first, self.factors(kkt) if given else {}, steps)
 
