@@ -236,7 +236,7 @@ def check(
             )
     finite = torch.stack([torch.isfinite(_largest(leaf)) for leaf in (*variables, *multipliers)]).all(0)
     status[~finite | ~torch.isfinite(residuals.gradient + residuals.constraint)] = Status.NONFINITE
-    return Check(residuals, status, tol, names, clash, bool(plan.trace.square))
+    return Check(residuals, status, tol, names, clash, square=bool(plan.trace.square))
 
 
 def constraint_names(plan: Plan) -> tuple[str, ...]:
