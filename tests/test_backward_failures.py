@@ -258,3 +258,40 @@ def test_a_diagonal_hessian_with_a_zero_is_singular() -> None:
     only_others = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
     (gradient,) = torch.autograd.grad(layer(x, scale), x, only_others)
     assert torch.equal(gradient, only_others)
+
+
+class HalfConstrained(idf.Problem):
+    """minimise |a|^2 / 2 - x'a + sum q b^2 / 2 - z'b s.t. sum(a) = 1; where q is 0, b may be anything.
+
+    Nothing is factored: H is diagonal and S one number, which knows nothing of b.
+    """
+
+    def objective(self, u, x, z, q):
+        a, b = u
+        return a.square().sum() / 2 - (x * a).sum() + (q * b * b).sum() / 2 - (z * b).sum()
+
+    def equality(self, u, x, z, q):
+        return u[0].sum() - 1
+
+    def solve(self, x, z, q):
+        flat = q == 0
+        return x - (x.sum(1, keepdim=True) - 1) / x.shape[1], torch.where(
+            flat, 0.0, z / torch.where(flat, 1.0, q)
+        )
+
+    def init(self, x, z, q):
+        return x.clone(), z.clone()
+
+
+@pytest.mark.parametrize("weighted", [0, 1])
+def test_a_division_that_the_constraints_do_not_see(weighted):
+    x, z = draw(2, 3, seed=1).detach(), draw(2, 2, seed=2).detach()
+    q = draw(2, 2, seed=3).detach().abs() + 1
+    q[1, 0] = z[1, 0] = 0
+    x, z = x.requires_grad_(), z.requires_grad_()
+    layer = DeclarativeLayer(HalfConstrained(), on_failure="nan")
+    with idf.record() as log:
+        loss = (layer(x, z, q)[weighted] * torch.arange(1, 3 + (weighted == 0))).sum()
+        found = torch.autograd.grad(loss, (x, z))
+    assert {event.kind for event in log} == {"SINGULAR"}
+    assert all(torch.isfinite(g[0]).all() and g[1].isnan().all() for g in found)

@@ -179,7 +179,7 @@ class Recipes:
         """K^-1 (rhs_u, rhs_h), with H + shift I where asked; `given` the factorisation."""
         kkt = self._solver(way, shifted=shifted)
         w, s, status = kkt.solve(*self._sides("rhs_u", "rhs_h", STACKED), STACKED)
-        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, s or w, STACKED)]
+        outputs = [*self._pair(w, s), *self._cancelled(kkt), self.verdict(status, [*w, *s], STACKED)]
         return Recipe(outputs, [*s, *w], self.factors(kkt) if given else {})
 
     def kkt_factor(self, way: Way, *, shifted: bool) -> Recipe:
