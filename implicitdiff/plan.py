@@ -155,7 +155,10 @@ def _traced(problem: Problem, variables: tuple[Sequence[Tensor], Spec], bound: B
     trace = trace_problem(problem, variables, bound)
     if problem.declares("hessian") and not trace.limited:
         trace = replace(trace, hessian=declared_hessian(problem, trace, bound, variables[0]))
-    return active_trace(trace) if trace.limited else trace
+    if not trace.limited:
+        return trace
+    with clean_context():  # shapes are worked out on meta tensors, which no recorder may see
+        return active_trace(trace)
 
 
 def interior_plan(plan: Plan, *, linear_solver: str = "auto", dense: bool = False) -> Plan:

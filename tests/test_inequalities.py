@@ -142,6 +142,19 @@ def test_a_box_is_a_clamp_to_second_order_in_every_mode() -> None:
         assert torch.allclose(rows, clamp(q, low, high), atol=1e-12)
 
 
+def test_active_sets_in_a_compiled_graph() -> None:
+    torch.manual_seed(2)
+    inputs = (torch.randn(4, 3, dtype=F64), -torch.rand(4, 3, dtype=F64), torch.rand(3, dtype=F64))
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    layer = idf.DeclarativeLayer(Box(), in_dims=(0, 0, None))
+    compiled = torch.compile(lambda *x: layer(*x).pow(3).sum(), backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(*leaves), leaves)
+    clamped = leaves[0].clamp(leaves[1], leaves[2])
+    expected = torch.autograd.grad(clamped.pow(3).sum(), leaves)
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
+
+
 def test_the_kind_of_a_hessian_survives_its_bounds() -> None:
     q = torch.randn(2, 5, dtype=F64)
     report = idf.explain(Box(), q, q - 1, q + 1)
