@@ -297,6 +297,8 @@ class RouteFinder:
         if jacobian is None:
             return None
         if linear_solver == "auto":
+            if form.kind in ("diagonal", "scaled-identity") and self._is_eliminated(base.hessian):
+                return None
             mine = patterns.kkt_cost(self.declared, form, jacobian, self.dtype).seconds
             other = patterns.other_cost(
                 self.build, form, self.declared.constraint_space.size, self.dtype
@@ -306,6 +308,15 @@ class RouteFinder:
         return replace(
             base, name="sparse", hessian=form, hessian_kind="sparse", solver="sparse-lu", jacobian=jacobian
         )
+
+    def _is_eliminated(self, form: Form) -> bool:
+        """Whether S = A H^-1 A' is diagonal or has a diagonal corner: no pattern of K beats that elimination.
+
+        The predicted cost of K knows nothing of fill, which is complete for the marginals of a transport plan.
+        """
+        schur, _, _ = self._schur(form)
+        corners = [schur.grid[k][k].is_diagonal for k in range(len(schur.space.names))]
+        return schur.kind in ("diagonal", "scaled-identity") or (len(corners) > 1 and any(corners))
 
     def _surely_singular(self, form: Form) -> bool:
         """Whether some variable has no curvature at all."""
