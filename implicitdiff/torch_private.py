@@ -245,6 +245,10 @@ def nested_forward_mode() -> Iterator[None]:
 
 def tangent_free(tensor: torch.Tensor) -> torch.Tensor:
     """The primal of a dual tensor at level 0, the tensor itself if it has no tangent there."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(tensor):  # vmap has no rule for duals
+        level, dim = functorch.maybe_get_level(tensor), functorch.maybe_get_bdim(tensor)
+        return functorch._add_batch_dim(tangent_free(functorch.get_unwrapped(tensor)), dim, level)
     return torch.autograd.forward_ad.unpack_dual(tensor, level=0).primal
 
 

@@ -150,7 +150,7 @@ def test_deepcopy_pickle_and_state_dict() -> None:
 def test_plans_are_made_once_and_die_with_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     build = plans._build
-    monkeypatch.setattr(plans, "_build", lambda *args: made.append(1) or build(*args))
+    monkeypatch.setattr(plans, "_build", lambda *args, **options: made.append(1) or build(*args, **options))
     problem = GeometricMedian()
     layer = DeclarativeLayer(problem)
     for batch in (2, 2, 5, 1):

@@ -80,10 +80,11 @@ class ImplicitFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients in theta."""
         call, theta = ctx.call, len(ctx.call.batched)
-        found = usual_gradients(call, ctx.saved_tensors, cotangents, ctx.needs_input_grad[1 : 1 + theta])
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes them, and refuses to do so twice
+        found = usual_gradients(call, saved, cotangents, ctx.needs_input_grad[1 : 1 + theta])
         if found is not None:
             return (None, *found, *(None,) * ctx.starts)
-        return through_func(lambda *given: _backward(ctx, *given), cotangents)
+        return through_func(lambda *given: _backward(ctx, saved, *given), cotangents)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,9 +157,9 @@ def _differentiable_solve(
 LIBRARY.impl(SOLVE.name, _differentiable_solve, "Autograd")
 
 
-def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, saved: Sequence[Tensor], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     call: Call = ctx.call
-    u, lam, status, theta = _saved(call, ctx.saved_tensors)
+    u, lam, status, theta = _saved(call, saved)
     needs = ctx.needs_input_grad[1 : 1 + len(theta)]
     nothing = (None,) * ctx.starts
     v = cotangents[: len(u) + len(lam)]

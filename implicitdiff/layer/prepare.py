@@ -104,6 +104,8 @@ class Forward:
             found,
             u=filled(found.u, found.failed, options.on_failure),
             multipliers=filled(found.multipliers, found.failed, options.on_failure),
+            # "approximate" has another K than the problem that was solved
+            factor=None if options.backward == "approximate" else found.factor,
         )
 
     def refuse_stale(self) -> None:

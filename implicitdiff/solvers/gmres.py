@@ -50,10 +50,11 @@ def gmres(
     target = torch.linalg.vector_norm(rows, dim=-1) * torch.finfo(rhs.dtype).eps ** 0.75
     x, residual = torch.zeros_like(rows), rows
     for _ in range(cycles):
-        left = torch.linalg.vector_norm(residual, dim=-1)
-        if not bool((left > target).any()):
+        going = torch.linalg.vector_norm(residual, dim=-1) > target
+        if not bool(going.any()):
             break
-        x = x + _cycle(product, residual, 0.5 * target, min(restart, size))
+        # a row that has arrived keeps its bits, whatever the others still need
+        x = torch.where(going[..., None], x + _cycle(product, residual, 0.5 * target, min(restart, size)), x)
         residual = rows - product(x)
     converged = torch.linalg.vector_norm(residual, dim=-1) <= target
     return x[:lead] * scale, (converged[:lead] & converged[lead:]) | (rhs == 0).all(-1)
