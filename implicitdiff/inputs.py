@@ -226,8 +226,7 @@ def parameter_names(problem: Problem, inputs: Sequence[Any]) -> tuple[str, ...]:
             takes = f"{required - 1} to {len(names) - 1}"
         shown = ", ".join([*names, *([f"*{rest}"] if rest else [])])
         raise InputError(
-            f"{type(problem).__name__}.{problem.MAIN}({shown}) takes {takes} inputs after the variable, got "
-            f"{given}"
+            f"{type(problem).__name__}.{problem.MAIN}({shown}) takes {takes} inputs after the variable, got {given}"
         )
     extra = [f"{rest}[{i}]" for i in range(given - max(len(names), 1) + 1)]
     return (*names[1 : given + 1], *extra)

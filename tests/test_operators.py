@@ -48,7 +48,9 @@ def test_every_exported_operator_has_a_row() -> None:
         for name in operators.__all__
         if inspect.isclass(value := getattr(operators, name)) and not inspect.isabstract(value)
     }
-    assert {type(row.build(Draw(1))[0]) for row in TABLE} == exported
+    # sums with terms by automatic differentiation live at one point of one problem: tests/test_hybrid.py
+    hybrid = {operators.Autodiff, operators.Sum}
+    assert {type(row.build(Draw(1))[0]) for row in TABLE} == exported - hybrid
 
 
 def test_kinds_are_the_words_of_the_contract() -> None:

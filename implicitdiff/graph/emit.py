@@ -94,7 +94,8 @@ class Emitter:
         for o in outputs:
             self.uses[o.ref.node.id] = self.uses.get(o.ref.node.id, 0) + 2
         for ref in first:
-            self.variable(ref.node)
+            if self.build.as_number(ref) is None:  # a number is written where it is used
+                self.variable(ref.node)
         results = []
         for output in outputs:
             text = self.expanded(output.ref, output.order, output.prefix)

@@ -107,7 +107,9 @@ def solve_forward(
                 )
             proposal = run_solve(problem, plan, bound, theta, batch, start)
             return _judge_proposal(problem, plan, theta, proposal, allowed, policy)
-        solved = solve_quadratic(plan, theta, batch, allowed) if optimizer is None else None
+        # a start that holds a NaN is refused, also where it is not needed: the optimizer says so
+        direct = optimizer is None and all(bool(leaf.isfinite().all()) for leaf in start or ())
+        solved = solve_quadratic(plan, theta, batch, allowed) if direct else None
         if solved is not None and solved.good is None:
             return _direct(solved)
         chosen = default_optimizer(problem, plan)[0] if optimizer is None else optimizer
