@@ -39,6 +39,17 @@ class Chain(idf.Problem):
         return torch.zeros_like(x)
 
 
+class Ring(idf.Problem):
+    """Neighbours on a ring, by an index tensor: H is sparse, and no band."""
+
+    def objective(self, u, x):
+        ahead = torch.arange(1, len(u) + 1, device=u.device) % len(u)
+        return torch.cosh(0.7 * (u[ahead] - torch.sin(u))).sum() + ((u - x) ** 2).sum()
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+
 class Bent(idf.Problem):
     """Second differences, with one constraint: H is banded with two diagonals to each side."""
 

@@ -109,7 +109,11 @@ def test_dense_vjp_reaches_parameters(case: Case) -> None:
         assert predicted == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6, abs=1e-7), name
 
 
-@pytest.mark.parametrize("case", [case for case in NEWTON if not case.dependent], ids=str)
+# Eqn. 3 has H^-1 in it; where H is singular only K is regular.
+INVERTIBLE = [case for case in NEWTON if not case.dependent and not case.name.startswith("pinned-graph")]
+
+
+@pytest.mark.parametrize("case", INVERTIBLE, ids=str)
 def test_eqn3_and_the_kkt_system_agree(case: Case) -> None:
     """The paper's formula as printed, and K (w, s) = -(v, 0) with gradient B'w - C's, are the same
     function.

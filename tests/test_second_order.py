@@ -22,7 +22,18 @@ from implicitdiff.plan import BACKWARDS
 from implicitdiff.problems import OptimalTransport, RobustPooling
 from implicitdiff.solvers import SOLVERS
 from tests.attached_newton import Attached
-from tests.path_problems import Bent, Chain, Cumulative, Full, Held, Outputs, Regression, Rows, Separable
+from tests.path_problems import (
+    Bent,
+    Chain,
+    Cumulative,
+    Full,
+    Held,
+    Outputs,
+    Regression,
+    Ring,
+    Rows,
+    Separable,
+)
 from tests.small_problems import Portfolio, Quartic, Torch, draw
 
 
@@ -134,6 +145,8 @@ PATHS = (
         solved_by(s, "chain", Chain, (numbers(2, 5, seed=3),))
         for s in ("tridiagonal", "banded-cholesky", "lu")
     ),
+    solved_by("gmres", "chain", Chain, (numbers(2, 5, seed=3),)),
+    solved_by("sparse-lu", "ring", Ring, (numbers(2, 5, seed=3),)),
     solved_by("tridiagonal", "rows-in-a-chain", Chain, (numbers(2, 4, 2, seed=3),)),
     *(solved_by(s, "bent", Bent, BENT, shown="schur") for s in ("banded-cholesky", "schur")),
     *(solved_by(s, "bent", Bent, BENT) for s in ("lu", "ldl")),

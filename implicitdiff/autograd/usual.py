@@ -27,7 +27,8 @@ def usual_gradients(
 
     Every question is asked that the general way asks, each in one look at what was prepared: nothing differentiates
     this derivative, transforms or records it, no autocast, no sample failed under a policy that masks it, only u has
-    a cotangent, no record is open, the structure has been probed, every sample's solve has an answer.
+    a cotangent, no record is open, `KKTOptions` ask for nothing, the structure has been probed, every sample's solve
+    has an answer.
     Nothing is written to but what the emitted code makes, so that the general way may start over.
 
     Args:
@@ -41,6 +42,8 @@ def usual_gradients(
     """
     plan = call.plan
     if not isinstance(plan, StructuredPlan) or not plan.probed or call.vjp is not None:
+        return None
+    if not call.kkt.plain:
         return None
     if not call.batch or call.records or open_records():
         return None
