@@ -205,6 +205,7 @@ def test_latex_is_balanced_and_escaped():
     assert text.count("{") == text.count("}")
     assert text.count(r"\begin{") == text.count(r"\end{")
     assert r"A^\top" in text
+    assert text.count(r"\parbox") >= 3, "reasons stand below their equations, in lines that fit the page"
     alone = explain(Median(), torch.randn(4, 6, 3)).to_latex()
     assert r"D + U C U^\top" in alone
     assert r"A^\top" not in alone

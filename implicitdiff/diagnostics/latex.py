@@ -54,7 +54,7 @@ def derivation_in_latex(found: "Explanation") -> str:
     lines.append(rf"A &= \mathrm{{D}}_u h {_matrix('A', found.constraint_jacobian)}")
     if found.schur is not None:
         lines.append(rf"S &= A H^{{-1}} A^\top {_matrix('S', found.schur)}")
-    lines += [rf"&\quad \text{{{escape(text)}}}" for text in found.dependent]
+    lines += [f"&{_remark(text)}" for text in found.dependent]
     lines.append(
         r"\begin{pmatrix} H & -A^\top \\ -A & 0 \end{pmatrix} \begin{pmatrix} w \\ s \end{pmatrix}"
         r" &= -\begin{pmatrix} v \\ 0 \end{pmatrix}"
@@ -85,8 +85,14 @@ def _matrix(name: str, found: MatrixReport) -> str:
     if name == "A" and found.kind == "block":
         # The outputs of `equality`, one below the other.
         form = r" = \begin{pmatrix} A_1 \\ A_2 \\ \vdots \end{pmatrix}"
-    remark = escape(f"{found.kind}: {found.reason}")
-    return rf"{form} \in \mathbb{{R}}^{{{rows} \times {columns}}} &&\text{{{remark}}}"
+    return (
+        rf"{form} \in \mathbb{{R}}^{{{rows} \times {columns}}} \\ &{_remark(f'{found.kind}: {found.reason}')}"
+    )
+
+
+def _remark(text: str) -> str:
+    """Words below an equation, in lines of their own: beside it they would leave the page."""
+    return rf"\quad \parbox[t]{{0.6\linewidth}}{{\footnotesize {escape(text)}}}"
 
 
 def _align(lines: list[str]) -> str:
