@@ -251,10 +251,6 @@ def _fill(leaves: Leaves, mask: Tensor, value: float) -> Leaves:
     return tuple(torch.where(_along(mask, leaf), value, leaf) for leaf in leaves)
 
 
-def _choose(mask: Tensor, new: Leaves, old: Leaves) -> Leaves:
-    return tuple(torch.where(_along(mask, a), a, b) for a, b in zip(new, old, strict=True))
-
-
 def _along(mask: Tensor, leaf: Tensor) -> Tensor:
     """(B,) as a mask of (R, B, *shape)."""
     return mask.reshape(1, -1, *(1,) * (leaf.dim() - 2))

@@ -7,9 +7,7 @@ counts by `meter.py`, the times here. Next: `compare.py`, which puts the rows to
 import math
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +18,10 @@ from implicitdiff.diagnostics.active import active_of
 from implicitdiff.diagnostics.declared import Declared, double, floating, normal
 from implicitdiff.diagnostics.held import batch_first, fresh, hand_gradients, held_at, plan_of
 from implicitdiff.diagnostics.meter import Measurement, format_bytes, measure
-from implicitdiff.diagnostics.race import quartiles
+from implicitdiff.diagnostics.race import quartiles, quiet_thread
 from implicitdiff.diagnostics.reference import Direction, Reference, relative_error
 from implicitdiff.diagnostics.traffic import tensors_in
-from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning
+from implicitdiff.errors import ImplicitDiffError
 from implicitdiff.layer import DeclarativeLayer, solve
 from implicitdiff.problem import Problem, Solution
 from implicitdiff.torch_private import pytree, synchronize
@@ -111,7 +109,7 @@ def contest(
     some = any(leaf.requires_grad for leaf in leaves)
     flags = tuple(leaf.requires_grad or not some for leaf in leaves)
     plain, _ = fresh(inputs, [False] * len(flags))
-    with _quiet_thread():
+    with quiet_thread():
         solution = solve(problem, *plain, in_dims=in_dims)
         unbatched = plan_of(problem, plain, in_dims).bound.unbatched
         v = _draw(solution.u) if cotangent is None else cotangent
@@ -143,18 +141,6 @@ def contest(
 def _draw(u: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     return pytree.tree_map(lambda leaf: normal(generator, leaf), u)
-
-
-@contextmanager
-def _quiet_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore", ImplicitDiffWarning)
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # What the errors are measured against

@@ -10,14 +10,18 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from implicitdiff.diagnostics.meter import measure
 from implicitdiff.diagnostics.traffic import tensors_in
+from implicitdiff.errors import ImplicitDiffWarning
 
 clock = contextvars.ContextVar("clock", default=time.perf_counter)
 """What a second is: the wall clock, unless a report says otherwise."""
@@ -117,3 +121,16 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, statistics.median(values), high
+
+
+@contextmanager
+def quiet_thread() -> Iterator[None]:
+    """One thread, gradients on, and none of the library's own warnings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore", ImplicitDiffWarning)
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -52,11 +52,6 @@ def merged_leaves(
     )
 
 
-def merged_columns(redo: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same for answers (R, B, *shape)."""
-    return merged_leaves(redo, new, old, 1)
-
-
 def merged_gradients(redo: Tensor, new: Gradients, old: Gradients, batched: Sequence[bool]) -> Gradients:
     """The same for gradients; that of a shared tensor is a sum over the batch, so that it comes from one way alone."""
     return tuple(

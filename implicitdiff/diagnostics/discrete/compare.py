@@ -11,9 +11,7 @@ import io
 import statistics
 import textwrap
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,9 @@ from implicitdiff.combinatorial import (
 )
 from implicitdiff.combinatorial.invariance import random_costs
 from implicitdiff.diagnostics.discrete import only_cost
+from implicitdiff.diagnostics.race import quiet_thread
 from implicitdiff.diagnostics.tables import WIDTH, number, pairs, seconds, table
-from implicitdiff.errors import ImplicitDiffError, ImplicitDiffWarning, OptionError
+from implicitdiff.errors import ImplicitDiffError, OptionError
 
 # The length of the step that is tried, in units of |w|.
 STEP = 0.1
@@ -165,7 +164,7 @@ def compare_discrete(
             raise OptionError(
                 f"backwards={estimator!r}: of a discrete layer estimators are compared, such as Blackbox(20.0)"
             )
-    with _quiet_thread():
+    with quiet_thread():
         y = layer.solver(cost)
         target = layer.solver(random_costs(layer.solver, shape, len(cost), 5).to(cost))
         g = y - target if cotangent is None else cotangent.detach().reshape(y.shape).to(y)
@@ -271,18 +270,6 @@ def _progress(entry: _Entry, cost: Tensor, y: Tensor, target: Tensor, g: Tensor)
     there = inner(y - target, g)
     counted = there > 0
     return float((inner(y - after, g) / there)[counted].mean()) if counted.any() else None
-
-
-@contextmanager
-def _quiet_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore", ImplicitDiffWarning)
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 __all__ = ["DiscreteComparison", "DiscreteRow", "compare_discrete"]
